@@ -1,0 +1,1 @@
+"""Public ops: argument checks, schema, fake, autograd, choice of backend. One file per op."""

@@ -1,0 +1,5 @@
+"""The definition of each op in plain torch: what tests, benchmarks and devices without a kernel use."""
+
+from mmkern.reference.softmax import softmax
+
+__all__ = ["softmax"]
