@@ -47,15 +47,22 @@ class NinjaBuild(build_ext):
         torch, out = find_torch(), Path(self.build_temp).resolve() / ext.name
         out.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        cxx, suffix = os.environ.get("CXX", "g++"), "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+        cxx, suffix = (
+            os.environ.get("CXX", "g++"),
+            "-undefined dynamic_lookup" if sys.platform == "darwin" else "",
+        )
         include = [torch / "include", pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc"]
         flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno -ffp-contract=off "
         flags += "-Wno-maybe-uninitialized "  # GCC 12 warns of its own AVX-512 headers
         flags += "-DTORCH_TARGET_VERSION=0x020b000000000000 " + " ".join(f"-isystem {p}" for p in include[:3])
         flags += f" -I{include[3]} -DMMKERN_ISAS='\"{' '.join(ISAS)}\"'"
-        rules = [f"rule cxx\n command = {cxx} -MMD -MF $out.d {flags} $isa -c $in -o $out\n deps = gcc\n depfile = $out.d"]
+        rules = [
+            f"rule cxx\n command = {cxx} -MMD -MF $out.d {flags} $isa -c $in -o $out\n deps = gcc\n depfile = $out.d"
+        ]
         rules[0] += "\n description = $in $isa"
-        rules += [f"rule link\n command = {cxx} -shared {suffix} $in -L{torch}/lib -ltorch_cpu -lc10 -o $out\n description = $out"]
+        rules += [
+            f"rule link\n command = {cxx} -shared {suffix} $in -L{torch}/lib -ltorch_cpu -lc10 -o $out\n description = $out"
+        ]
         objects = []
         for source in map(Path, ext.sources):
             for isa in ISAS if source.name.endswith(".isa.cpp") else [""]:

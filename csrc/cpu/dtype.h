@@ -17,18 +17,18 @@ enum class Dtype { f32, bf16, f16 };
 }  // namespace mmkern
 
 // Runs `...` with the type name T bound to the storage type of `dtype`.
-#define MMKERN_SWITCH_DTYPE(dtype, T, ...)                 \
-  switch (dtype) {                                         \
-    case mmkern::Dtype::f32: {                             \
-      using T = float;                                     \
-      __VA_ARGS__;                                         \
-    } break;                                               \
-    case mmkern::Dtype::bf16: {                            \
-      using T = mmkern::bf16;                              \
-      __VA_ARGS__;                                         \
-    } break;                                               \
-    case mmkern::Dtype::f16: {                             \
-      using T = mmkern::f16;                               \
-      __VA_ARGS__;                                         \
-    } break;                                               \
+#define MMKERN_SWITCH_DTYPE(dtype, T, ...) \
+  switch (dtype) {                         \
+    case mmkern::Dtype::f32: {             \
+      using T = float;                     \
+      __VA_ARGS__;                         \
+    } break;                               \
+    case mmkern::Dtype::bf16: {            \
+      using T = mmkern::bf16;              \
+      __VA_ARGS__;                         \
+    } break;                               \
+    case mmkern::Dtype::f16: {             \
+      using T = mmkern::f16;               \
+      __VA_ARGS__;                         \
+    } break;                               \
   }

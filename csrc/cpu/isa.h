@@ -25,31 +25,31 @@ void set_isa(Isa isa);
 // Declares void name(const Args&) in every instruction set's namespace, and mmkern::name, which calls
 // the one in use. The definitions stand in <op>.isa.cpp, inside namespace mmkern::MMKERN_ISA.
 #if defined(__x86_64__)
-#define MMKERN_KERNEL(name, Args)                               \
-  namespace baseline {                                          \
-  void name(const Args& args);                                  \
-  }                                                             \
-  namespace avx2 {                                              \
-  void name(const Args& args);                                  \
-  }                                                             \
-  namespace avx512 {                                            \
-  void name(const Args& args);                                  \
-  }                                                             \
-  namespace avx512_bf16 {                                       \
-  void name(const Args& args);                                  \
-  }                                                             \
-  inline void name(const Args& args) {                          \
-    switch (current_isa) {                                      \
-      case Isa::avx512_bf16: return avx512_bf16::name(args);    \
-      case Isa::avx512: return avx512::name(args);              \
-      case Isa::avx2: return avx2::name(args);                  \
-      case Isa::baseline: return baseline::name(args);          \
-    }                                                           \
+#define MMKERN_KERNEL(name, Args)                            \
+  namespace baseline {                                       \
+  void name(const Args& args);                               \
+  }                                                          \
+  namespace avx2 {                                           \
+  void name(const Args& args);                               \
+  }                                                          \
+  namespace avx512 {                                         \
+  void name(const Args& args);                               \
+  }                                                          \
+  namespace avx512_bf16 {                                    \
+  void name(const Args& args);                               \
+  }                                                          \
+  inline void name(const Args& args) {                       \
+    switch (current_isa) {                                   \
+      case Isa::avx512_bf16: return avx512_bf16::name(args); \
+      case Isa::avx512: return avx512::name(args);           \
+      case Isa::avx2: return avx2::name(args);               \
+      case Isa::baseline: return baseline::name(args);       \
+    }                                                        \
   }
 #else
-#define MMKERN_KERNEL(name, Args)                               \
-  namespace baseline {                                          \
-  void name(const Args& args);                                  \
-  }                                                             \
+#define MMKERN_KERNEL(name, Args) \
+  namespace baseline {            \
+  void name(const Args& args);    \
+  }                               \
   inline void name(const Args& args) { baseline::name(args); }
 #endif

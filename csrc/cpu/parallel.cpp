@@ -24,7 +24,9 @@ struct Free {
 
 }  // namespace
 
-int64_t num_threads() { return forked.load(std::memory_order_relaxed) ? 1 : torch::stable::get_num_threads(); }
+int64_t num_threads() {
+  return forked.load(std::memory_order_relaxed) ? 1 : torch::stable::get_num_threads();
+}
 
 void run_tasks(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
   const int64_t threads = std::min(num_threads(), tasks);

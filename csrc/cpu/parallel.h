@@ -15,13 +15,16 @@ int64_t num_threads();
 // order to whichever thread is free, so put long ones first. The result must not depend on who ran what.
 void run_tasks(int64_t tasks, void (*fn)(void* context, int64_t task), void* context);
 
-// Memory of this thread, 64-byte aligned, valid until its next call; at least `bytes` long, contents undefined.
+// Memory of this thread, 64-byte aligned, valid until its next call; at least `bytes` long, contents
+// undefined.
 void* thread_scratch(size_t bytes);
 
 namespace {
 template <class F>
 inline void parallel_tasks(int64_t tasks, const F& f) {
-  run_tasks(tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&f));
+  run_tasks(
+      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
+      const_cast<F*>(&f));
 }
 }  // namespace
 

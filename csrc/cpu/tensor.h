@@ -17,7 +17,9 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Float: return Dtype::f32;
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, name, ": the CPU kernels take float32, bfloat16 and float16"); return Dtype::f32;
+    default:
+      STD_TORCH_CHECK(false, name, ": the CPU kernels take float32, bfloat16 and float16");
+      return Dtype::f32;
   }
 }
 

@@ -1,6 +1,6 @@
 // One vector vocabulary for all kernels. Vec holds kLanes floats; vec_<isa>.h implements it, ops are written
-// once against it. Only *.isa.cpp files include this, inside one MMKERN_ISA each, and everything here lives in
-// that namespace so that no code compiled for one instruction set is ever linked into another.
+// once against it. Only *.isa.cpp files include this, inside one MMKERN_ISA each, and everything here lives
+// in that namespace so that no code compiled for one instruction set is ever linked into another.
 //
 // Vocabulary (n = number of valid lanes, 0..kLanes):
 //   zero() set1(x) iota()                          constants

@@ -18,10 +18,13 @@ inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
 
 inline Mask first_n(int n) {
-  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))};
+  return {_mm256_castsi256_ps(
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))};
 }
 
-inline Vec widen(__m128i x, bf16) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))}; }
+inline Vec widen(__m128i x, bf16) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
 inline Vec widen(__m128i x, f16) { return {_mm256_cvtph_ps(x)}; }
 inline __m128i narrow(Vec x, f16) { return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
 inline __m128i narrow(Vec x, bf16) {
@@ -35,9 +38,13 @@ inline __m128i narrow(Vec x, bf16) {
 }
 
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Vec load_n(const float* p, int n) { return {_mm256_maskload_ps(p, _mm256_castps_si256(first_n(n).m))}; }
+inline Vec load_n(const float* p, int n) {
+  return {_mm256_maskload_ps(p, _mm256_castps_si256(first_n(n).m))};
+}
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
-inline void store_n(float* p, Vec x, int n) { _mm256_maskstore_ps(p, _mm256_castps_si256(first_n(n).m), x.v); }
+inline void store_n(float* p, Vec x, int n) {
+  _mm256_maskstore_ps(p, _mm256_castps_si256(first_n(n).m), x.v);
+}
 template <class T>
 inline Vec load(const T* p) {
   return widen(_mm_loadu_si128((const __m128i*)p), T{});
@@ -71,7 +78,8 @@ inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec pow2(Vec n) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_add_ps(n.v, _mm256_set1_ps(127))), 23))};
+  return {_mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_add_ps(n.v, _mm256_set1_ps(127))), 23))};
 }
 
 inline Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }

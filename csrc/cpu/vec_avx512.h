@@ -19,7 +19,9 @@ inline Vec iota() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
 
 inline Mask first_n(int n) { return {__mmask16(n >= 16 ? 0xffff : (1u << n) - 1)}; }
 
-inline Vec widen(__m256i x, bf16) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+inline Vec widen(__m256i x, bf16) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
 inline Vec widen(__m256i x, f16) { return {_mm512_cvtph_ps(x)}; }
 inline __m256i narrow(Vec x, f16) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
 inline __m256i narrow(Vec x, bf16) {
@@ -68,7 +70,8 @@ inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec pow2(Vec n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_add_ps(n.v, _mm512_set1_ps(127))), 23))};
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_add_ps(n.v, _mm512_set1_ps(127))), 23))};
 }
 
 inline Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }

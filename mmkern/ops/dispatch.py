@@ -69,7 +69,11 @@ class Op:
     """
 
     def __init__(
-        self, schema: str, reference: Callable[..., Any], fake: Callable[..., Any], kernels: dict[str, Refusal]
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        kernels: dict[str, Refusal],
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.reference = reference
@@ -81,7 +85,11 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        kernel = self._choose(tensors[0].device.type, args) if _is_default() else self._choose_forced(tensors, args)
+        kernel = (
+            self._choose(tensors[0].device.type, args)
+            if _is_default()
+            else self._choose_forced(tensors, args)
+        )
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return _Differentiable.apply(self, kernel, *args)
         return kernel(*args)
@@ -105,7 +113,9 @@ class Op:
         else:
             name = "reference"
         if _state.strict and _state.forced not in (None, name):
-            raise RuntimeError(f"{self.name}: backend {_state.forced!r} refused: {refused[str(_state.forced)]}")
+            raise RuntimeError(
+                f"{self.name}: backend {_state.forced!r} refused: {refused[str(_state.forced)]}"
+            )
         if _state.record is not None:
             detail = _C.isa() if name == "cpu" else ""
             _state.record.append(Choice(self.name, name, detail, refused))
@@ -139,8 +149,6 @@ class _Differentiable(torch.autograd.Function):
         ctx.where = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
         ctx.rest = [None if isinstance(a, torch.Tensor) else a for a in args]
         ctx.save_for_backward(*(args[i] for i in ctx.where))
-        outputs = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

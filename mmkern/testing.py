@@ -1,0 +1,157 @@
+"""How results are judged: the accuracy rule, test inputs and poisoned outputs that tests and benchmarks share.
+
+The rule: against a float64 reference on the same (already rounded) inputs, the largest error is at most 2x
+(forward) or 3x (gradients) that of torch's own op in the same dtype, plus a few units in the last place of
+the largest value; the relative L2 error stays under a limit of the dtype; and a result is NaN or infinite
+exactly where the reference is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# kind -> how much worse than torch, how many ulp are free, and the relative L2 limit of each dtype
+_FACTOR = {"forward": 2.0, "gradient": 3.0}
+_ULPS = 4.0
+_RELATIVE_L2 = {
+    "forward": {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3},
+    "gradient": {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+}
+LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One comparison: the largest error and its bound, the relative L2 error and its limit."""
+
+    max_error: float
+    baseline_error: float
+    bound: float
+    relative_l2: float
+    limit: float
+    same_nonfinite: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.same_nonfinite and self.max_error <= self.bound and self.relative_l2 <= self.limit
+
+    def __str__(self) -> str:
+        return (
+            f"max error {self.max_error:.3g} (torch {self.baseline_error:.3g}, bound {self.bound:.3g}), "
+            f"relative L2 {self.relative_l2:.3g} (limit {self.limit:.3g}), "
+            f"NaN and infinities {'match' if self.same_nonfinite else 'DIFFER'}"
+        )
+
+
+def accuracy(
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor | None = None,
+    kind: str = "forward",
+    dtype: torch.dtype | None = None,
+) -> Accuracy:
+    """Compare `actual` with the float64 `exact`, given what torch's own op answers (`baseline`).
+
+    Args:
+        actual: result under test, any shape, floating point.
+        exact: float64 result of the reference on the same inputs, same shape.
+        baseline: torch's own result in the dtype under test, same shape; None leaves only the ulp allowance.
+            Where it is not finite although `exact` is, it counts as exact.
+        kind: "forward" or "gradient".
+        dtype: dtype of the computation if it is not actual.dtype (a float32 log-sum-exp of bfloat16 inputs, say).
+    """
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shape {tuple(actual.shape)} where the reference has {tuple(exact.shape)}")
+    dtype = dtype or actual.dtype
+    a, e = actual.detach().double().cpu(), exact.detach().double().cpu()
+    finite = e.isfinite()
+    same = bool(
+        (a[~finite].nan_to_num(7.0) == e[~finite].nan_to_num(7.0)).all() and a[finite].isfinite().all()
+    )
+    a, e = a[finite], e[finite]
+    largest = e.abs().max().item() if e.numel() else 0.0
+    error = (a - e).abs()
+    baseline_error = 0.0
+    if baseline is not None and e.numel():
+        against = (baseline.detach().double().cpu()[finite] - e).abs()
+        baseline_error = against[against.isfinite()].max().item() if against.isfinite().any() else 0.0
+    norm = e.norm().item()
+    return Accuracy(
+        max_error=error.max().item() if e.numel() else 0.0,
+        baseline_error=baseline_error,
+        bound=_FACTOR[kind] * baseline_error
+        + _ULPS * torch.finfo(dtype).eps * largest
+        + torch.finfo(dtype).tiny,
+        relative_l2=error.norm().item() / norm if norm else 0.0,
+        limit=_RELATIVE_L2[kind][dtype],
+        same_nonfinite=same,
+    )
+
+
+def assert_accurate(
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor | None = None,
+    kind: str = "forward",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise AssertionError with the numbers unless `accuracy(...)` is ok."""
+    found = accuracy(actual, exact, baseline, kind, dtype)
+    assert found.ok, str(found)
+
+
+def randn(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Normal random tensor of `shape`, the same for a seed whatever the dtype (rounded) and layout.
+
+    Layouts: "contiguous"; "transposed" (the two dims before the last swapped in memory, as a model's
+    (batch, length, heads, dim) projection gives); "strided" (every other element of the last dim);
+    "offset" (contiguous, starting one element into its storage: 4- or 2-byte aligned); "expanded" (stride 0
+    over the first dim, so its values repeat).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = (1, *shape[1:]) if layout == "expanded" and shape else shape
+    x = (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    if layout == "transposed" and len(shape) >= 3:
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, float("nan"))], -1).flatten(-2)[..., ::2] if shape else x
+    if layout == "offset":
+        storage = torch.full((x.numel() + 1,), float("nan"), dtype=dtype)
+        storage[1:] = x.flatten()
+        return storage[1:].view(size)
+    return x.expand(shape)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every newly allocated output with NaN first, so that an element no kernel wrote shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def isas() -> Sequence[str]:
+    """Instruction sets that this processor can be made to use, for `mmkern.backend("cpu", isa=...)`."""
+    from mmkern.ops.dispatch import _C
+
+    return _C.isas() if _C else ()
