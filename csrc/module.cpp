@@ -1,4 +1,5 @@
-// mmkern._C: what Python asks about this machine and this build. Loading it also registers the CPU kernels.
+// mmkern._C: what Python asks about this machine and this build. Loading it also registers the CPU
+// kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,7 +36,10 @@ py::dict build() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about this processor and build, and the choice of instruction set.";
   m.def("isas", &isas, "Names of the instruction sets this processor can run, in rising order.");
-  m.def("isa", [] { return mmkern::isa_name(mmkern::current_isa); }, "Name of the instruction set in use.");
-  m.def("set_isa", &set_isa, py::arg("name"), "Use the kernels compiled for `name` in this process.");
+  m.def(
+      "isa", [] { return mmkern::isa_name(mmkern::current_isa); },
+      "Name of the instruction set in use.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Use the kernels compiled for `name` in this process.");
   m.def("build", &build, "Compiler and instruction sets of this build.");
 }

@@ -70,9 +70,7 @@ def accuracy(
     dtype = dtype or actual.dtype
     a, e = actual.detach().double().cpu(), exact.detach().double().cpu()
     finite = e.isfinite()
-    same = bool(
-        (a[~finite].nan_to_num(7.0) == e[~finite].nan_to_num(7.0)).all() and a[finite].isfinite().all()
-    )
+    same = bool((a[~finite].nan_to_num(7.0) == e[~finite].nan_to_num(7.0)).all() and a[finite].isfinite().all())
     a, e = a[finite], e[finite]
     largest = e.abs().max().item() if e.numel() else 0.0
     error = (a - e).abs()
@@ -84,9 +82,7 @@ def accuracy(
     return Accuracy(
         max_error=error.max().item() if e.numel() else 0.0,
         baseline_error=baseline_error,
-        bound=_FACTOR[kind] * baseline_error
-        + _ULPS * torch.finfo(dtype).eps * largest
-        + torch.finfo(dtype).tiny,
+        bound=_FACTOR[kind] * baseline_error + _ULPS * torch.finfo(dtype).eps * largest + torch.finfo(dtype).tiny,
         relative_l2=error.norm().item() / norm if norm else 0.0,
         limit=_RELATIVE_L2[kind][dtype],
         same_nonfinite=same,

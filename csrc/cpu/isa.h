@@ -22,8 +22,8 @@ void set_isa(Isa isa);
 
 }  // namespace mmkern
 
-// Declares void name(const Args&) in every instruction set's namespace, and mmkern::name, which calls
-// the one in use. The definitions stand in <op>.isa.cpp, inside namespace mmkern::MMKERN_ISA.
+// Declares void name(const Args&) in every instruction set's namespace, and mmkern::name, which
+// calls the one in use. The definitions stand in <op>.isa.cpp, inside namespace mmkern::MMKERN_ISA.
 #if defined(__x86_64__)
 #define MMKERN_KERNEL(name, Args)                            \
   namespace baseline {                                       \

@@ -1,6 +1,6 @@
-// Threads and scratch memory for kernels. Plain functions only: this header is included by code compiled
-// for several instruction sets, and a template of the standard library instantiated there could be merged
-// by the linker into code that runs on older processors.
+// Threads and scratch memory for kernels. Plain functions only: this header is included by code
+// compiled for several instruction sets, and a template of the standard library instantiated there
+// could be merged by the linker into code that runs on older processors.
 #pragma once
 
 #include <cstddef>
@@ -11,12 +11,13 @@ namespace mmkern {
 // torch's intra-op thread count; 1 in a child of fork(), where torch's OpenMP pool would hang.
 int64_t num_threads();
 
-// Calls fn(context, task) for task in [0, tasks), each once, on torch's threads. Tasks are handed out in
-// order to whichever thread is free, so put long ones first. The result must not depend on who ran what.
+// Calls fn(context, task) for task in [0, tasks), each once, on torch's threads. Tasks are handed
+// out in order to whichever thread is free, so put long ones first. The result must not depend on
+// who ran what.
 void run_tasks(int64_t tasks, void (*fn)(void* context, int64_t task), void* context);
 
-// Memory of this thread, 64-byte aligned, valid until its next call; at least `bytes` long, contents
-// undefined.
+// Memory of this thread, 64-byte aligned, valid until its next call; at least `bytes` long,
+// contents undefined.
 void* thread_scratch(size_t bytes);
 
 namespace {

@@ -12,7 +12,8 @@ Tensor softmax_fwd(const Tensor& input, int64_t dim) {
   Tensor out = torch::stable::empty_like(x);
   const int64_t cols = x.size(dim);
   if (x.numel() == 0) return out;
-  softmax_rows({dtype_of(x, "input"), x.const_data_ptr(), out.mutable_data_ptr(), x.numel() / cols, cols});
+  softmax_rows(
+      {dtype_of(x, "input"), x.const_data_ptr(), out.mutable_data_ptr(), x.numel() / cols, cols});
   return out;
 }
 

@@ -32,7 +32,8 @@ void softmax_row(const T* x, T* out, int64_t cols) {
 void softmax_rows(const SoftmaxArgs& a) {
   MMKERN_SWITCH_DTYPE(a.dtype, T, {
     parallel_tasks(a.rows, [&](int64_t row) {
-      softmax_row(static_cast<const T*>(a.x) + row * a.cols, static_cast<T*>(a.out) + row * a.cols, a.cols);
+      softmax_row(static_cast<const T*>(a.x) + row * a.cols, static_cast<T*>(a.out) + row * a.cols,
+                  a.cols);
     });
   })
 }

@@ -1,10 +1,12 @@
-// One vector vocabulary for all kernels. Vec holds kLanes floats; vec_<isa>.h implements it, ops are written
-// once against it. Only *.isa.cpp files include this, inside one MMKERN_ISA each, and everything here lives
-// in that namespace so that no code compiled for one instruction set is ever linked into another.
+// One vector vocabulary for all kernels. Vec holds kLanes floats; vec_<isa>.h implements it, ops
+// are written once against it. Only *.isa.cpp files include this, inside one MMKERN_ISA each, and
+// everything here lives in that namespace so that no code compiled for one instruction set is ever
+// linked into another.
 //
 // Vocabulary (n = number of valid lanes, 0..kLanes):
 //   zero() set1(x) iota()                          constants
-//   load(p) load_n(p, n) store(p, v) store_n(p, v, n)   float, bf16 or f16 in memory; load_n gives 0 beyond n
+//   load(p) load_n(p, n) store(p, v) store_n(p, v, n)   float, bf16 or f16 in memory; load_n gives
+//   0 beyond n
 //   + - * /  fma(a, b, c) = a*b+c   fnma(a, b, c) = c-a*b   max min abs sqrt round
 //   max(a, b), min(a, b): b where either is NaN, so max(bound, x) keeps a NaN in x
 //   less(a, b) less_equal equal  is_nan  first_n(n)  load_mask(p) load_mask_n(p, n)   give a Mask
@@ -54,7 +56,8 @@ inline void from_float(float x, bf16* out) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  out->bits = nan ? uint16_t((bits >> 16) | 0x40u) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+  out->bits =
+      nan ? uint16_t((bits >> 16) | 0x40u) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 inline void from_float(float x, f16* out) {
   uint32_t bits;

@@ -1,4 +1,5 @@
-// vec.h for any processor: 4 lanes in the compilers' vector extension, which is SSE on x86 and NEON on Arm.
+// vec.h for any processor: 4 lanes in the compilers' vector extension, which is SSE on x86 and NEON
+// on Arm.
 #pragma once
 
 namespace mmkern::MMKERN_ISA {
@@ -57,7 +58,9 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 inline Vec fnma(Vec a, Vec b, Vec c) { return fma({-a.v}, b, c); }
-inline Vec select(Mask m, Vec a, Vec b) { return {(f32x4)(((i32x4)a.v & m.m) | ((i32x4)b.v & ~m.m))}; }
+inline Vec select(Mask m, Vec a, Vec b) {
+  return {(f32x4)(((i32x4)a.v & m.m) | ((i32x4)b.v & ~m.m))};
+}
 inline Mask less(Vec a, Vec b) { return {a.v < b.v}; }
 inline Mask less_equal(Vec a, Vec b) { return {a.v <= b.v}; }
 inline Mask equal(Vec a, Vec b) { return {a.v == b.v}; }
@@ -69,8 +72,8 @@ inline Vec sqrt(Vec a) {
   for (int i = 0; i < 4; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
 }
-// Adding 1.5 * 2^23 leaves no fraction bits: nearest even for |a| < 2^22, beyond which a is kept (large
-// floats below 2^23 may keep a half; no kernel rounds such values). NaN stays.
+// Adding 1.5 * 2^23 leaves no fraction bits: nearest even for |a| < 2^22, beyond which a is kept
+// (large floats below 2^23 may keep a half; no kernel rounds such values). NaN stays.
 inline Vec round(Vec a) {
   const f32x4 magic = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};
   const Vec rounded = {(a.v + magic) - magic};

@@ -85,11 +85,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        kernel = (
-            self._choose(tensors[0].device.type, args)
-            if _is_default()
-            else self._choose_forced(tensors, args)
-        )
+        kernel = self._choose(tensors[0].device.type, args) if _is_default() else self._choose_forced(tensors, args)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return _Differentiable.apply(self, kernel, *args)
         return kernel(*args)
@@ -113,9 +109,7 @@ class Op:
         else:
             name = "reference"
         if _state.strict and _state.forced not in (None, name):
-            raise RuntimeError(
-                f"{self.name}: backend {_state.forced!r} refused: {refused[str(_state.forced)]}"
-            )
+            raise RuntimeError(f"{self.name}: backend {_state.forced!r} refused: {refused[str(_state.forced)]}")
         if _state.record is not None:
             detail = _C.isa() if name == "cpu" else ""
             _state.record.append(Choice(self.name, name, detail, refused))
