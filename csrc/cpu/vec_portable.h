@@ -95,6 +95,13 @@ inline Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
 inline Mask operator~(Mask a) { return {~a.m}; }
 inline bool any(Mask a) { return (a.m[0] | a.m[1] | a.m[2] | a.m[3]) != 0; }
 
+// Lane j of row i moves to lane i of row j.
+inline void transpose(Vec (&rows)[4]) {
+  const f32x4 a = rows[0].v, b = rows[1].v, c = rows[2].v, d = rows[3].v;
+  for (int i = 0; i < 4; ++i) rows[i].v = f32x4{a[i], b[i], c[i], d[i]};
+}
+
+inline float first_lane(Vec a) { return a.v[0]; }
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(Vec a) {
   float m = a.v[0];
