@@ -75,6 +75,14 @@ struct Buffers {
   }
 };
 
+// Asks for rows of the next block of keys while this one is worked on.
+template <class T>
+void fetch_rows(const T* rows, int64_t row, int64_t n, int64_t dim) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + i * row + d, 0, 2);
+  }
+}
+
 template <class T>
 float squared_norm(const T* x, int64_t n) {
   Vec sum = zero();
@@ -298,7 +306,11 @@ class Attention {
         pack_keys<Dot>(k, a_.k.row, count, a_.head_dim, b.k);
         bads = pack_values<Dot>(v, a_.v.row, count, a_.value_dim, padded_, b.v, b.bad);
       }
+      const int64_t next = smaller(keys_, hi - j - count), share = (next * kBlockRows + n - 1) / n;
       for (int64_t i = 0; i < n; i += kBlockRows) {
+        const int64_t from = count + i / kBlockRows * share;
+        fetch_rows(k + from * a_.k.row, a_.k.row, smaller(share, count + next - from), a_.head_dim);
+        fetch_rows(v + from * a_.v.row, a_.v.row, smaller(share, count + next - from), a_.value_dim);
         run_block(b, i, smaller(kBlockRows, n - i), j, count, k, v, direct, bads);
       }
     }

@@ -96,7 +96,8 @@ void product_tile(const typename Dot::Word* a, int64_t a_row, const typename Dot
   }
 }
 
-// out[r][v] = out[r][v] * factor[r] + sum over k of a[r][k] * b[k][v]
+// out[r][v] = out[r][v] * factor[r] + sum over k of a[r][k] * b[k][v]. The sum starts at zero: adding a block's
+// sum to the total once keeps the rounding error of long rows that of one block.
 template <class Dot, int kRows, int kVecs, class Column>
 void update_tile(const typename Dot::Word* a, int64_t a_row, const Column* b, int64_t b_row,
                  int64_t depth, const float* factor, float* out, int64_t out_row) {
@@ -104,14 +105,16 @@ void update_tile(const typename Dot::Word* a, int64_t a_row, const Column* b, in
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v)
-      acc[r][v] = load(out + r * out_row + v * kLanes) * set1(factor[r]);
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
   }
   outer_product<Dot>(a, a_row, b, b_row, depth, acc);
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(out + r * out_row + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = out + r * out_row + v * kLanes;
+      store(to, fma(load(to), set1(factor[r]), acc[r][v]));
+    }
   }
 }
 
@@ -181,7 +184,7 @@ template <class T>
 inline bool all_finite(const T* row, int64_t n) {
   Vec bad = zero();  // x * 0 is 0, or NaN for NaN and infinities
   for (int64_t d = 0; d < n; d += kLanes) {
-    bad = fma(load_n(row + d, n - d < kLanes ? int(n - d) : kLanes), zero(), bad);
+    bad = fma(n - d < kLanes ? load_n(row + d, int(n - d)) : load(row + d), zero(), bad);
   }
   return !any(is_nan(bad));
 }
@@ -194,18 +197,28 @@ int64_t pack_values(const T* v, int64_t v_row, int64_t keys, int64_t dim, int64_
   int64_t bads = 0;
   constexpr int per = Dot::kPerWord;
   for (int64_t j = 0; j < keys; j += per) {
-    const T* row[2] = {v + j * v_row, v + (j + 1) * v_row};
-    for (int i = 0; i < per; ++i) {
-      const bool exists = j + i < keys;
-      if (exists && !all_finite(row[i], dim)) bad[bads++] = int32_t(j + i);
-      if (!exists || (bads && bad[bads - 1] == j + i)) row[i] = nullptr;
-    }
     typename Dot::Word* to = out + j / per * padded;
-    for (int64_t d = 0; d < padded; d += kLanes) {
-      const int n = dim - d < kLanes ? int(dim - d) : kLanes;
-      if constexpr (per == 1) {
-        store(to + d, row[0] ? load_n(row[0] + d, n) : zero());
-      } else {
+    if constexpr (per == 1) {
+      Vec nan = zero();
+      for (int64_t d = 0; d < padded; d += kLanes) {
+        const T* from = v + j * v_row + d;
+        const Vec x = dim - d < kLanes ? load_n(from, int(dim - d)) : load(from);
+        nan = fma(x, zero(), nan);
+        store(to + d, x);
+      }
+      if (any(is_nan(nan))) {
+        bad[bads++] = int32_t(j);
+        memset(to, 0, padded * sizeof(*to));
+      }
+    } else {
+      const T* row[2] = {v + j * v_row, j + 1 < keys ? v + (j + 1) * v_row : nullptr};
+      for (int i = 0; i < 2; ++i) {
+        if (!row[i] || all_finite(row[i], dim)) continue;
+        bad[bads++] = int32_t(j + i);
+        row[i] = nullptr;
+      }
+      for (int64_t d = 0; d < padded; d += kLanes) {
+        const int n = dim - d < kLanes ? int(dim - d) : kLanes;
         interleave(row[0] ? row[0] + d : nullptr, row[1] ? row[1] + d : nullptr, n, to + d);
       }
     }

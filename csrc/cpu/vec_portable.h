@@ -6,6 +6,7 @@ namespace mmkern::MMKERN_ISA {
 
 constexpr int kLanes = 4;
 typedef float f32x4 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 struct Vec {
   f32x4 v;
@@ -79,9 +80,8 @@ inline Vec round(Vec a) {
   const Vec rounded = {(a.v + magic) - magic};
   return select(less(abs(a), set1(4194304.0f)), rounded, a);
 }
-inline Vec pow2(Vec n) {
-  const i32x4 exponent = __builtin_convertvector(n.v + 127.0f, i32x4);
-  return {(f32x4)(exponent << 23)};
+inline Vec exponent_bits(Vec a) {
+  return {(f32x4)((u32x4)a.v << 23)};
 }
 
 inline Mask load_mask(const uint8_t* p) { return {i32x4{p[0], p[1], p[2], p[3]} != 0}; }
