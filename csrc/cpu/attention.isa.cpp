@@ -272,6 +272,18 @@ class Attention {
     const size_t bytes = Buffers<Dot>(nullptr, n, keys_, words_, padded_).bytes;
     const Buffers<Dot> b(static_cast<char*>(thread_scratch(bytes)), n, keys_, words_, padded_);
 
+    const T* keys = static_cast<const T*>(a_.k.data) + a_.k.batch[batch] + kv_head * a_.k.head;
+    const T* values = static_cast<const T*>(a_.v.data) + a_.v.batch[batch] + kv_head * a_.v.head;
+    // Rows of a transposed projection lie far apart: ask for all before the first is waited for.
+    for (int64_t h = 0; h < group_; ++h) {
+      const T* q = static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + (kv_head * group_ + h) * a_.q.head;
+      fetch_rows(q + first / group_ * a_.q.row, a_.q.row, (n + group_ - 1) / group_, a_.head_dim);
+    }
+    if (!direct_ && n == rows_) {  // one chunk: its first block of keys starts at or near 0
+      fetch_rows(keys, a_.k.row, smaller(keys_, a_.k_len), a_.head_dim);
+      fetch_rows(values, a_.v.row, smaller(keys_, a_.k_len), a_.value_dim);
+    }
+
     int64_t lo = a_.k_len, hi = 0;
     for (int64_t i = 0; i < n; ++i) {
       b.rows[i] = make_row(batch, kv_head, first + i);
@@ -286,8 +298,6 @@ class Attention {
     const int64_t per_split = round_up((a_.k_len + call_.splits - 1) / call_.splits, keys_);
     lo = larger(lo, split * per_split) / keys_ * keys_;  // block borders do not depend on the rows
     hi = smaller(hi, (split + 1) * per_split);
-    const T* keys = static_cast<const T*>(a_.k.data) + a_.k.batch[batch] + kv_head * a_.k.head;
-    const T* values = static_cast<const T*>(a_.v.data) + a_.v.batch[batch] + kv_head * a_.v.head;
     for (int64_t j = lo; j < hi; j += keys_) {
       const int64_t count = smaller(keys_, hi - j);
       const T *k = keys + j * a_.k.row, *v = values + j * a_.v.row;
