@@ -75,11 +75,11 @@ struct Buffers {
   }
 };
 
-// Asks for rows of the next block of keys while this one is worked on.
-template <class T>
+// Asks for rows that will be read soon, into L1 (kNear) or L2.
+template <bool kNear, class T>
 void fetch_rows(const T* rows, int64_t row, int64_t n, int64_t dim) {
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + i * row + d, 0, 2);
+    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + i * row + d, 0, kNear ? 3 : 2);
   }
 }
 
@@ -229,8 +229,7 @@ class Attention {
   }
 
  private:
-  Row make_row(int64_t batch, int64_t kv_head, int64_t flat) const {
-    Row r;
+  void make_row(int64_t batch, int64_t kv_head, int64_t flat, Row& r) const {
     // Queries of one position lie together, so that a block sees the narrowest range of keys.
     r.head = kv_head * group_ + flat % group_;
     r.index = flat / group_;
@@ -255,7 +254,6 @@ class Attention {
     }
     r.m = -kInf;
     r.l = 0.0f;
-    return r;
   }
 
   const T* query(int64_t batch, const Row& r) const {
@@ -277,16 +275,16 @@ class Attention {
     // Rows of a transposed projection lie far apart: ask for all before the first is waited for.
     for (int64_t h = 0; h < group_; ++h) {
       const T* q = static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + (kv_head * group_ + h) * a_.q.head;
-      fetch_rows(q + first / group_ * a_.q.row, a_.q.row, (n + group_ - 1) / group_, a_.head_dim);
+      fetch_rows<true>(q + first / group_ * a_.q.row, a_.q.row, (n + group_ - 1) / group_, a_.head_dim);
     }
     if (!direct_ && n == rows_) {  // one chunk: its first block of keys starts at or near 0
-      fetch_rows(keys, a_.k.row, smaller(keys_, a_.k_len), a_.head_dim);
-      fetch_rows(values, a_.v.row, smaller(keys_, a_.k_len), a_.value_dim);
+      fetch_rows<true>(keys, a_.k.row, smaller(keys_, a_.k_len), a_.head_dim);
+      fetch_rows<true>(values, a_.v.row, smaller(keys_, a_.k_len), a_.value_dim);
     }
 
     int64_t lo = a_.k_len, hi = 0;
     for (int64_t i = 0; i < n; ++i) {
-      b.rows[i] = make_row(batch, kv_head, first + i);
+      make_row(batch, kv_head, first + i, b.rows[i]);
       pack_row<Dot>(query(batch, b.rows[i]), a_.head_dim, b.q + i * words_, words_);
       if (b.rows[i].lo < b.rows[i].hi) {
         lo = smaller(lo, b.rows[i].lo);
@@ -319,8 +317,8 @@ class Attention {
       const int64_t next = smaller(keys_, hi - j - count), share = (next * kBlockRows + n - 1) / n;
       for (int64_t i = 0; i < n; i += kBlockRows) {
         const int64_t from = count + i / kBlockRows * share;
-        fetch_rows(k + from * a_.k.row, a_.k.row, smaller(share, count + next - from), a_.head_dim);
-        fetch_rows(v + from * a_.v.row, a_.v.row, smaller(share, count + next - from), a_.value_dim);
+        fetch_rows<false>(k + from * a_.k.row, a_.k.row, smaller(share, count + next - from), a_.head_dim);
+        fetch_rows<false>(v + from * a_.v.row, a_.v.row, smaller(share, count + next - from), a_.value_dim);
         run_block(b, i, smaller(kBlockRows, n - i), j, count, k, v, direct, bads);
       }
     }
@@ -443,7 +441,7 @@ class Attention {
     const float top = reduce_max(max(top0, top1)) * factor;
     const float m = top > r.m ? top : r.m;
     const float shift = m == -kInf ? 0.0f : m;  // nothing visible yet: weights 2^-inf = 0
-    const float rescale = r.m == m ? 1.0f : first_lane(exp2(set1(r.m - shift)));
+    const float rescale = r.m == -kInf ? 0.0f : r.m == m ? 1.0f : first_lane(exp2(set1(r.m - shift)));
     r.m = m;
 
     Vec sum = zero();
@@ -582,7 +580,8 @@ class Attention {
   void merge_splits(int64_t unit) {
     float* o = static_cast<float*>(thread_scratch(padded_ * sizeof(float)));
     for (int64_t i = 0; i < rows_; ++i) {
-      Row r = make_row(unit / a_.kv_heads, unit % a_.kv_heads, i);
+      Row r;
+      make_row(unit / a_.kv_heads, unit % a_.kv_heads, i, r);
       memset(o, 0, padded_ * sizeof(float));
       for (int64_t split = 0; split < call_.splits; ++split) {
         const float* from = partial(unit, split, i);
