@@ -13,7 +13,7 @@ from mmkern.ops.dispatch import Op
 from mmkern.reference import Similarity
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SIMILARITIES = {s.name.lower(): int(s) for s in Similarity}
+_SIMILARITIES = {name.lower(): member.value for name, member in Similarity.__members__.items()}
 _ALIGNMENTS = ("upper_left", "lower_right")
 
 
