@@ -2,7 +2,7 @@
 
 from mmkern.ops.attention import scaled_dot_product_attention
 from mmkern.ops.dispatch import Choice, backend, explain
-from mmkern.ops.softmax import softmax
+from mmkern.ops.softmax import log_softmax, masked_softmax, softmax
 
 __version__ = "0.1.0"
-__all__ = ["Choice", "backend", "explain", "scaled_dot_product_attention", "softmax"]
+__all__ = ["Choice", "backend", "explain", "log_softmax", "masked_softmax", "scaled_dot_product_attention", "softmax"]

@@ -23,4 +23,14 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+inline MaskKind mask_kind_of(const Tensor& t, const char* name) {
+  if (t.scalar_type() == ScalarType::Bool) return MaskKind::boolean;
+  switch (dtype_of(t, name)) {
+    case Dtype::f32: return MaskKind::f32;
+    case Dtype::bf16: return MaskKind::bf16;
+    case Dtype::f16: return MaskKind::f16;
+  }
+  return MaskKind::none;
+}
+
 }  // namespace mmkern
