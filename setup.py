@@ -56,8 +56,7 @@ class NinjaBuild(build_ext):
         out = ROOT / "build" / sysconfig.get_config_var("SOABI") / ext.name
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         lines = [f"rule cxx\n command = {cxx} {FLAGS} -isystem {torch}/include $flags -MMD -MF $out.d -c $in -o $out"]
-        lines += [" deps = gcc\n depfile = $out.d\n description = compile $out"]
-        lines += [f"rule link\n command = {cxx} -shared $in -L{torch}/lib -ltorch_cpu -lc10 -o $out"]
+        lines += [f" deps = gcc\n depfile = $out.d\n description = compile $out\nrule link\n command = {cxx} -shared $in -L{torch}/lib -ltorch_cpu -lc10 -o $out"]
         objects = []
         for source in map(Path, ext.sources):
             by_isa = {f".{isa}": f"{flags} -DMMKERN_ISA={isa}" for isa, flags in ISAS.items()}
