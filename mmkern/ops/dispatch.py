@@ -148,7 +148,7 @@ class Op:
 
 
 def _transformed() -> bool:
-    """Forward-mode AD, vmap, func.grad and the like act on operations that torch knows: the reference's, not a kernel."""
+    """Whether forward-mode AD or a torch.func transform is on: these act on torch's own ops, so on the reference."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -179,14 +179,16 @@ class _Differentiable(torch.autograd.Function):
                 args[i] = leaf
             return ctx.op.reference(*args)
 
-        _, pullback = torch.func.vjp(formula, *(args[i] for i in wanted))
+        pullback = torch.func.vjp(formula, *(args[i] for i in wanted))[1]
         found = dict(zip(wanted, pullback(grads if len(grads) > 1 else grads[0]), strict=True))
         return None, *(found.get(i) for i in range(len(args)))
 
 
 @contextmanager
 def backend(name: str, *, strict: bool = False, isa: str | None = None) -> Iterator[None]:
-    """Force ops onto one backend within a `with` block, process-wide.
+    """Force ops onto one backend within a `with` block.
+
+    Process-wide, like torch's own backend flags: calls of other threads are forced too while the block runs.
 
     Args:
         name: "cpu", "cuda", "triton" or "reference".
