@@ -1,9 +1,8 @@
 """Package map and native extensions; everything else is in pyproject.toml.
 
 csrc/cpu/*.isa.cpp is compiled once per instruction set below, the rest of csrc once; the best set the
-processor has is chosen when mmkern runs. torch is only read for headers and libtorch, never imported, so
-`pip install .` builds against the torch of the environment it installs into. Ninja keeps the objects in
-build/ and recompiles what changed: a source, a header it includes, or a flag.
+processor has is chosen when mmkern runs. torch is read for headers and libtorch, never imported, so `pip install .`
+builds against the torch of its environment. Ninja, in build/, recompiles what changed: source, header or flag.
 """
 
 import importlib.util
@@ -37,6 +36,7 @@ rule cxx
  description = compile $out
 rule link
  command = {cxx} -shared $in -L{torch}/lib -ltorch_cpu -lc10 -o $out
+ description = link $out
 """
 
 

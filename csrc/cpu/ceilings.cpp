@@ -56,9 +56,9 @@ std::unique_ptr<float, Free> floats(int64_t count) {
   const size_t bytes = (size_t(count) * sizeof(float) + 4095) & ~size_t{4095};
   std::unique_ptr<float, Free> memory(static_cast<float*>(std::aligned_alloc(4096, bytes)));
   if (!memory) throw std::bad_alloc();
-  const int64_t pages = int64_t(bytes / 4096);
-  parallel_tasks(num_threads(), [&](int64_t task) {
-    const int64_t first = pages * task / num_threads(), last = pages * (task + 1) / num_threads();
+  const int64_t pages = int64_t(bytes / 4096), tasks = num_threads();
+  parallel_tasks(tasks, [&](int64_t task) {
+    const int64_t first = pages * task / tasks, last = pages * (task + 1) / tasks;
     std::memset(memory.get() + first * 1024, 0, size_t(last - first) * 4096);
   });
   return memory;
