@@ -1,7 +1,18 @@
 """Fused attention, softmax and positional encoding for PyTorch, with the same meaning on CPU and GPU."""
 
 from mmkern.ops.dispatch import Choice, backend, explain
+from mmkern.ops.position import add_positional_encoding, embed_tokens
+from mmkern.ops.rotary import alibi_slopes, rotary
 from mmkern.ops.softmax import softmax
 
 __version__ = "0.1.0"
-__all__ = ["Choice", "backend", "explain", "softmax"]
+__all__ = [
+    "Choice",
+    "add_positional_encoding",
+    "alibi_slopes",
+    "backend",
+    "embed_tokens",
+    "explain",
+    "rotary",
+    "softmax",
+]
