@@ -28,9 +28,41 @@ Tensor rows_contiguous(const Tensor& t) {
   return t.size(1) > 1 && t.stride(1) != 1 ? torch::stable::contiguous(t) : t;
 }
 
+// Frequencies of the last call on this thread and their steps, since a model calls with the same
+// dim again and again: computing them takes 2 us at dim 384. 27 KB at dim 768.
+struct Frequencies {
+  Encoding encoding = Encoding::none;
+  Isa isa = Isa::baseline;
+  int64_t dim = 0;
+  std::vector<uint64_t> turns;
+  std::vector<float> steps;
+};
+
+void use_frequencies(PositionArgs* a) {
+  thread_local Frequencies f;
+  // Distinct frequencies: 10000^(-2i/dim); 10000^(-4i/dim) for each of row and column; 1/10000.
+  const bool grid = a->encoding == Encoding::sincos2d, scalar = a->encoding == Encoding::scalar;
+  const int64_t dim = a->out.dim;
+  a->pairs = scalar ? 1 : grid ? dim / 2 : (dim + 1) / 2;
+  const bool known = f.encoding == a->encoding && f.isa == current_isa && f.dim == dim;
+  if (!known) {
+    f.turns.assign(padded(a->pairs), 0);
+    f.steps.assign(kSteps * 2 * padded(a->pairs), 0.0f);
+  }
+  a->turns = f.turns.data();
+  a->steps = f.steps.data();
+  if (known) return;
+  if (scalar) {
+    fill_turns(f.turns.data(), 1, 1e4, 1.0, 1);
+  } else {
+    fill_turns(f.turns.data(), grid ? dim / 4 : a->pairs, 1e4, (grid ? 4.0 : 2.0) / double(dim));
+  }
+  fill_steps(*a);
+  f.encoding = a->encoding, f.isa = current_isa, f.dim = dim;
+}
+
 // Adds what both ops share to `a`, whose dtype, rows, scale and offset are set, and runs it.
 void run(PositionArgs a, const OptionalTensor& table, const OptionalTensor& offsets, double scale) {
-  const int64_t dim = a.out.dim;
   a.scale = float(scale);
   Tensor starts, rows;
   if (offsets) {
@@ -50,22 +82,7 @@ void run(PositionArgs a, const OptionalTensor& table, const OptionalTensor& offs
       }
     }
   }
-  std::vector<uint64_t> turns;
-  std::vector<float> steps;
-  if (a.encoding != Encoding::none && a.encoding != Encoding::table) {
-    // Distinct frequencies: 10000^(-2i/dim); 10000^(-4i/dim) for each of row and column; 1/10000.
-    const bool grid = a.encoding == Encoding::sincos2d, scalar = a.encoding == Encoding::scalar;
-    a.pairs = scalar ? 1 : grid ? dim / 2 : (dim + 1) / 2;
-    turns.resize(padded(a.pairs));
-    if (scalar) {
-      fill_turns(turns.data(), 1, 1e4, 1.0, 1);
-    } else {
-      fill_turns(turns.data(), grid ? dim / 4 : a.pairs, 1e4, (grid ? 4.0 : 2.0) / double(dim));
-    }
-    steps.resize(kSteps * 2 * padded(a.pairs));
-    a.turns = turns.data();
-    a.steps = steps.data();
-  }
+  if (a.encoding != Encoding::none && a.encoding != Encoding::table) use_frequencies(&a);
   add_positions(a);
 }
 

@@ -39,13 +39,14 @@ struct PositionArgs {
   float scale;
   const uint64_t* turns;  // of each sine-cosine pair, per position; padded(pairs) of them
   int64_t pairs;
-  float* steps;  // scratch: kSteps rows of 2 * padded(pairs)
+  float* steps;  // kSteps rows of 2 * padded(pairs), from fill_steps
 };
 
 // Room for n floats of which any part may be followed by the rest of a vector.
 constexpr int64_t kMaxLanes = 16;
 inline int64_t padded(int64_t n) { return (n / kMaxLanes + 2) * kMaxLanes; }
 
+MMKERN_KERNEL(fill_steps, PositionArgs)
 MMKERN_KERNEL(add_positions, PositionArgs)
 
 struct TokenCheck {

@@ -160,20 +160,6 @@ class Work {
   Vec scale;
 };
 
-// The steps 0..kSteps-1 that some position of the call needs.
-void fill_steps(const PositionArgs& a, const Runs& r) {
-  unsigned needed = 0;
-  for (int64_t run = 0; run < (a.offsets ? r.runs : 1); ++run) {
-    const int64_t start = a.offsets ? a.offsets[run] : a.offset;
-    for (int64_t t = 0; t < a.out.length && t < kSteps; ++t) {
-      needed |= 1u << ((start + t) & (kSteps - 1));
-    }
-  }
-  for (int64_t step = 0; step < kSteps; ++step) {
-    if (needed >> step & 1) sincos_pairs(a, 0, step, a.steps + step * 2 * padded(a.pairs));
-  }
-}
-
 template <class I>
 int64_t first_outside(const void* ids, int64_t count, uint64_t vocabulary) {
   const I* id = static_cast<const I*>(ids);
@@ -187,9 +173,14 @@ int64_t first_outside(const void* ids, int64_t count, uint64_t vocabulary) {
 
 }  // namespace
 
+void fill_steps(const PositionArgs& a) {
+  for (int64_t step = 0; step < kSteps; ++step) {
+    sincos_pairs(a, 0, step, a.steps + step * 2 * padded(a.pairs));
+  }
+}
+
 void add_positions(const PositionArgs& a) {
   const Runs r(a);
-  if (a.steps) fill_steps(a, r);
   // Blocks of positions from the first run's alignment; any run fits in one more than its length
   // needs.
   const int64_t blocks = (a.out.length + kSteps - 2) / kSteps + 1;
