@@ -4,21 +4,26 @@
 
 #include "cpu/parallel.h"
 #include "cpu/sincos.h"
+#include "cpu/stream.h"
 
 namespace mmkern::MMKERN_ISA {
 namespace {
 
-// Elements that are worth handing to another thread: 8 us at 8 GB/s.
-constexpr int64_t kTaskElements = 16384;
+// Elements that are worth handing to another thread: waking it takes 5 us, these 10 us.
+constexpr int64_t kTaskElements = 32768;
+// Encoded rows that are computed at a time, in L2, where several members use them: a member's rows
+// then are 48 pages in a row to the prefetchers. Where there is one member, kSteps rows, in L1.
+constexpr int64_t kRowBytes = 196608;
+constexpr int64_t kMaxRows = 64;
 // Rows of one task that share a block of positions: keeps computing the block below 5% of the work.
 constexpr int64_t kMinMembers = 8;
 
 // out = scale * x + row. Each element: one read of x, one write; the row comes from L1 or L2.
-template <bool kAdd, class T, class R>
+template <bool kAdd, bool kStream, class T, class R>
 void add_row(const T* x, const R* row, T* out, int64_t dim, Vec scale) {
   int64_t j = 0;
   for (; j + kLanes <= dim; j += kLanes) {
-    store(out + j, kAdd ? fma(load(x + j), scale, load(row + j)) : load(x + j) * scale);
+    put<kStream>(out + j, kAdd ? fma(load(x + j), scale, load(row + j)) : load(x + j) * scale);
   }
   if (const int n = int(dim - j); n > 0) {
     const Vec v = load_n(x + j, n);
@@ -97,53 +102,66 @@ struct Runs {
 template <class T>
 class Work {
  public:
-  Work(const PositionArgs& args, const Runs& runs) : a(args), r(runs), scale(set1(args.scale)) {}
+  Work(const PositionArgs& args, const Runs& runs)
+      : a(args),
+        scale(set1(args.scale)),
+        stride(2 * padded((args.out.dim + 1) / 2)),
+        streaming(runs.runs * runs.members * args.out.length * args.out.dim * int64_t(sizeof(T)) >=
+                  kStreamBytes) {
+    const int64_t fit = kRowBytes / int64_t(sizeof(float) * stride) / kSteps * kSteps;
+    chunk = runs.members == 1 || fit < kSteps ? kSteps : fit < kMaxRows ? fit : kMaxRows;
+  }
 
-  // Rows of members [m0, m1) of `run` at block `block` of its positions.
-  void run_block(int64_t run, int64_t block, int64_t m0, int64_t m1) const {
-    const int64_t start = a.offsets ? a.offsets[run] : a.offset;
-    const int64_t first = floor_step(start) + block * kSteps;
+  // Chunks begin at multiples of kSteps; a run has at most this many, for any offset.
+  int64_t chunks() const { return (a.out.length + kSteps - 2 + chunk) / chunk; }
+
+  // Rows of members [m0, m1) of `run` at chunk `index` of its positions.
+  void run_chunk(int64_t run, int64_t index, int64_t m0, int64_t m1) const {
+    const int64_t start = a.offsets ? a.offsets[run] : a.offset, end = start + a.out.length;
+    const int64_t first = floor_step(start) + index * chunk;
     const int64_t p0 = first < start ? start : first;
-    const int64_t end = start + a.out.length, next = first + kSteps, p1 = next < end ? next : end;
+    const int64_t p1 = first + chunk < end ? first + chunk : end;
     if (p0 >= p1) return;
+    const int64_t t0 = p0 - start, n = p1 - p0;
     if (a.encoding == Encoding::none) {
-      apply<false>(run, m0, m1, p0 - start, p1 - p0, static_cast<const T*>(nullptr), 0);
+      members<false>(run, m0, m1, t0, n, static_cast<const T*>(nullptr), 0);
     } else if (a.encoding == Encoding::table) {
       const T* table = static_cast<const T*>(a.table) + p0 * a.table_stride;
-      apply<true>(run, m0, m1, p0 - start, p1 - p0, table, a.table_stride);
+      members<true>(run, m0, m1, t0, n, table, a.table_stride);
     } else {
-      const int64_t pad = padded(a.pairs), stride = 2 * padded((a.out.dim + 1) / 2);
-      float* base =
-          static_cast<float*>(thread_scratch(sizeof(float) * (2 * pad + kSteps * stride)));
+      const int64_t pad = padded(a.pairs);
+      float* base = static_cast<float*>(thread_scratch(sizeof(float) * (2 * pad + chunk * stride)));
       float* rows = base + 2 * pad;
-      sincos_pairs(a, run, first, base);
       for (int64_t p = p0; p < p1; ++p) {
-        encode(a, base, a.steps + (p - first) * 2 * pad, rows + (p - p0) * stride);
+        const int64_t step = p - floor_step(p);
+        if (step == 0 || p == p0) sincos_pairs(a, run, p - step, base);
+        encode(a, base, a.steps + step * 2 * pad, rows + (p - p0) * stride);
       }
-      apply<true>(run, m0, m1, p0 - start, p1 - p0, rows, stride);
+      members<true>(run, m0, m1, t0, n, rows, stride);
     }
+    if (streaming) stream_fence();
   }
 
  private:
+  // Positions [t0, t0 + n) of the run for each of its members, given their encoded rows.
   template <bool kAdd, class R>
-  void apply(int64_t run, int64_t m0, int64_t m1, int64_t t0, int64_t n, const R* rows,
-             int64_t stride) const {
+  void members(int64_t run, int64_t m0, int64_t m1, int64_t t0, int64_t n, const R* rows,
+               int64_t row_stride) const {
+    const bool grid = a.encoding == Encoding::sincos2d;
     for (int64_t m = m0; m < m1; ++m) {
-      const bool grid = a.encoding == Encoding::sincos2d;
       const int64_t b = a.offsets ? run : grid ? m : m / a.out.heads;
       const int64_t h = a.offsets ? m : grid ? run : m % a.out.heads;
       T* out = static_cast<T*>(a.out.data) + b * a.out.stride_b + h * a.out.stride_h;
-      if (a.x.data) {
-        const T* x = static_cast<const T*>(a.x.data) + b * a.x.stride_b + h * a.x.stride_h;
-        for (int64_t t = 0; t < n; ++t) {
-          add_row<kAdd>(x + (t0 + t) * a.x.stride_l, rows + t * stride,
-                        out + (t0 + t) * a.out.stride_l, a.out.dim, scale);
-        }
-      } else {
-        const int64_t first = (b * a.out.heads + h) * a.out.length + t0;
-        for (int64_t t = 0; t < n; ++t) {
-          add_row<kAdd>(embedding(first + t), rows + t * stride, out + (t0 + t) * a.out.stride_l,
-                        a.out.dim, scale);
+      const T* x = static_cast<const T*>(a.x.data) + b * a.x.stride_b + h * a.x.stride_h;
+      const int64_t token = (b * a.out.heads + h) * a.out.length;
+      for (int64_t t = t0; t < t0 + n; ++t) {
+        const T* from = a.x.data ? x + t * a.x.stride_l : embedding(token + t);
+        const R* row = rows + (t - t0) * row_stride;
+        T* to = out + t * a.out.stride_l;
+        if (streaming && stream_aligned(to)) {
+          add_row<kAdd, true>(from, row, to, a.out.dim, scale);
+        } else {
+          add_row<kAdd, false>(from, row, to, a.out.dim, scale);
         }
       }
     }
@@ -156,8 +174,10 @@ class Work {
   }
 
   const PositionArgs& a;
-  const Runs& r;
-  Vec scale;
+  const Vec scale;
+  const int64_t stride;  // of encoded rows
+  const bool streaming;
+  int64_t chunk;  // positions
 };
 
 template <class I>
@@ -181,25 +201,23 @@ void fill_steps(const PositionArgs& a) {
 
 void add_positions(const PositionArgs& a) {
   const Runs r(a);
-  // Blocks of positions from the first run's alignment; any run fits in one more than its length
-  // needs.
-  const int64_t blocks = (a.out.length + kSteps - 2) / kSteps + 1;
-  const int64_t work = a.out.batch * a.out.heads * a.out.length * a.out.dim;
-  int64_t groups = 1;
-  if (const int64_t wanted = num_threads() * 4; r.runs * blocks < wanted && work > kTaskElements) {
-    const int64_t most = (r.members + kMinMembers - 1) / kMinMembers;
-    groups = (wanted + r.runs * blocks - 1) / (r.runs * blocks);
-    if (groups > most) groups = most;
-  }
-  const int64_t items = r.runs * blocks * groups;
-  int64_t tasks = work / kTaskElements;
-  tasks = tasks < 1 ? 1 : tasks > items ? items : tasks;
+  const int64_t work = r.runs * r.members * a.out.length * a.out.dim;
   MMKERN_SWITCH_DTYPE(a.dtype, T, {
     const Work<T> w(a, r);
+    const int64_t chunks = w.chunks(), wanted = num_threads() * 4;
+    int64_t groups = 1;  // parts of the members, where runs and chunks are too few
+    if (r.runs * chunks < wanted && work > kTaskElements) {
+      const int64_t most = (r.members + kMinMembers - 1) / kMinMembers;
+      groups = (wanted + r.runs * chunks - 1) / (r.runs * chunks);
+      if (groups > most) groups = most;
+    }
+    const int64_t items = r.runs * chunks * groups;
+    int64_t tasks = work / kTaskElements;
+    tasks = tasks < 1 ? 1 : tasks > items ? items : tasks;
     parallel_tasks(tasks, [&](int64_t task) {
       for (int64_t i = items * task / tasks; i < items * (task + 1) / tasks; ++i) {
-        const int64_t group = i % groups, block = i / groups % blocks, run = i / groups / blocks;
-        w.run_block(run, block, r.members * group / groups, r.members * (group + 1) / groups);
+        const int64_t group = i % groups, index = i / groups % chunks, run = i / groups / chunks;
+        w.run_chunk(run, index, r.members * group / groups, r.members * (group + 1) / groups);
       }
     });
   })

@@ -4,25 +4,26 @@
 
 #include "cpu/parallel.h"
 #include "cpu/sincos.h"
+#include "cpu/stream.h"
 
 namespace mmkern::MMKERN_ISA {
 namespace {
 
-// Elements that are worth handing to another thread: 8 us at 8 GB/s.
-constexpr int64_t kTaskElements = 16384;
+// Elements that are worth handing to another thread: waking it takes 5 us, these 10 us.
+constexpr int64_t kTaskElements = 32768;
 // Sines and cosines of one block of positions: half of a 32 KB L1.
 constexpr int64_t kTableBytes = 16384;
 // Rows of one task that share a block of positions, where there are as many.
 constexpr int64_t kMinMembers = 16;
 
 // Channels [0, 2 * pairs) of one row; `cosines` and `sines` have one entry per pair.
-template <class T>
+template <bool kStream, class T>
 void rotate_halves(const T* x, T* out, const float* cosines, const float* sines, int64_t pairs) {
   int64_t i = 0;
   for (; i + kLanes <= pairs; i += kLanes) {
     const Vec c = load(cosines + i), s = load(sines + i), a = load(x + i), b = load(x + pairs + i);
-    store(out + i, fnma(b, s, a * c));
-    store(out + pairs + i, fma(b, c, a * s));
+    put<kStream>(out + i, fnma(b, s, a * c));
+    put<kStream>(out + pairs + i, fma(b, c, a * s));
   }
   if (const int n = int(pairs - i); n > 0) {
     const Vec c = load(cosines + i), s = load(sines + i);
@@ -33,12 +34,12 @@ void rotate_halves(const T* x, T* out, const float* cosines, const float* sines,
 }
 
 // The same for adjacent pairs; here the tables have one entry per channel, sines as -s, s.
-template <class T>
+template <bool kStream, class T>
 void rotate_adjacent(const T* x, T* out, const float* cosines, const float* sines, int64_t pairs) {
   int64_t i = 0;
   for (; i + kLanes <= 2 * pairs; i += kLanes) {
     const Vec v = load(x + i);
-    store(out + i, fma(v, load(cosines + i), swap_pairs(v) * load(sines + i)));
+    put<kStream>(out + i, fma(v, load(cosines + i), swap_pairs(v) * load(sines + i)));
   }
   if (const int n = int(2 * pairs - i); n > 0) {
     const Vec v = load_n(x + i, n);
@@ -52,7 +53,9 @@ class Work {
   explicit Work(const RotaryArgs& args)
       : a(args),
         // One entry per pair or channel, and what a last vector writes past it.
-        stride((a.interleaved ? 2 : 1) * a.pairs + 2 * kLanes) {}
+        stride((a.interleaved ? 2 : 1) * a.pairs + 2 * kLanes),
+        streaming(a.q.batch * (a.q.heads + a.k.heads) * a.q.length * a.q.dim * int64_t(sizeof(T)) >=
+                  kStreamBytes) {}
 
   int64_t block_length() const {
     const int64_t fit = kTableBytes / int64_t(sizeof(float) * 2 * stride);
@@ -71,6 +74,7 @@ class Work {
     }
     apply(a.q, a.q_out, b0, b1, t0, n, group, groups, cosines, sines);
     if (a.k.data) apply(a.k, a.k_out, b0, b1, t0, n, group, groups, cosines, sines);
+    if (streaming) stream_fence();
   }
 
  private:
@@ -118,10 +122,13 @@ class Work {
   }
 
   void row(const T* x, T* out, const float* cosines, const float* sines, int64_t dim) const {
+    const bool stream = streaming && stream_aligned(out) && stream_aligned(out + a.pairs);
     if (a.interleaved) {
-      rotate_adjacent(x, out, cosines, sines, a.pairs);
+      stream ? rotate_adjacent<true>(x, out, cosines, sines, a.pairs)
+             : rotate_adjacent<false>(x, out, cosines, sines, a.pairs);
     } else {
-      rotate_halves(x, out, cosines, sines, a.pairs);
+      stream ? rotate_halves<true>(x, out, cosines, sines, a.pairs)
+             : rotate_halves<false>(x, out, cosines, sines, a.pairs);
     }
     if (const int64_t rest = dim - 2 * a.pairs) {
       memcpy(out + 2 * a.pairs, x + 2 * a.pairs, sizeof(T) * rest);
@@ -129,7 +136,8 @@ class Work {
   }
 
   const RotaryArgs& a;
-  int64_t stride;
+  const int64_t stride;
+  const bool streaming;
 };
 
 }  // namespace
