@@ -95,9 +95,7 @@ Tensor add_positional_encoding_fwd(const Tensor& x_in, const std::string& encodi
   a.encoding = encoding_of(encoding);
   a.offset = offset;
   const bool grid = a.encoding == Encoding::sincos2d;
-  Tensor x = x_in;
-  if (a.x = rows_of(x, grid); !a.x.data) x = torch::stable::contiguous(x);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor x = x_in, out = empty_rows(&x);
   if (x.numel() == 0) return out;
   a.x = rows_of(x, grid);
   a.out = rows_of(out, grid);

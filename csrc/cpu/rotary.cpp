@@ -15,11 +15,9 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using Grid = std::optional<std::vector<int64_t>>;
 
-// The rotated tensor still to be filled, and both as rows. `t` is replaced by a contiguous copy
-// where its strides allow no rows.
+// The rotated tensor, still to be filled, and both as rows.
 Tensor prepare(Tensor* t, Rows* in, Rows* to) {
-  if (!rows_of(*t).data) *t = torch::stable::contiguous(*t);
-  Tensor out = torch::stable::empty_like(*t);
+  Tensor out = empty_rows(t);
   *in = rows_of(*t);
   *to = rows_of(out);
   return out;
@@ -27,7 +25,7 @@ Tensor prepare(Tensor* t, Rows* in, Rows* to) {
 
 void run(RotaryArgs a, const OptionalTensor& positions, double base, const std::string& layout,
          int64_t rotary_dim, const Grid& grid) {
-  if (a.q.batch * (a.q.heads + a.k.heads) * a.q.length == 0) return;
+  if ((a.q.batch * a.q.heads + a.k.batch * a.k.heads) * a.q.length == 0) return;
   Tensor p;
   if (positions) {
     p = torch::stable::contiguous(*positions);

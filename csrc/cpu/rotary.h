@@ -12,7 +12,8 @@ namespace mmkern {
 
 struct RotaryArgs {
   Dtype dtype;
-  Rows q, q_out, k, k_out;     // k.data null: q alone
+  // k.data null: q alone. With positions_stride_b, q's and k's batch are the same.
+  Rows q, q_out, k, k_out;
   const int64_t* positions;    // null: 0, 1, 2, ...
   int64_t positions_stride_b;  // 0: the same for every batch entry
   bool interleaved;            // pairs are (2i, 2i+1), not (i, i + pairs)

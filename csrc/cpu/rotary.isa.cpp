@@ -54,7 +54,8 @@ class Work {
       : a(args),
         // One entry per pair or channel, and what a last vector writes past it.
         stride((a.interleaved ? 2 : 1) * a.pairs + 2 * kLanes),
-        streaming(a.q.batch * (a.q.heads + a.k.heads) * a.q.length * a.q.dim * int64_t(sizeof(T)) >=
+        streaming((a.q.batch * a.q.heads + a.k.batch * a.k.heads) * a.q.length * a.q.dim *
+                      int64_t(sizeof(T)) >=
                   kStreamBytes) {}
 
   int64_t block_length() const {
@@ -62,18 +63,18 @@ class Work {
     return fit < 1 ? 1 : fit < a.q.length ? fit : a.q.length;
   }
 
-  // Rows [t0, t1) of the shared positions of batch entries [b0, b1), part `group` of `groups` of
-  // their heads.
-  void run(int64_t b0, int64_t b1, int64_t t0, int64_t t1, int64_t group, int64_t groups) const {
+  // Rows [t0, t1) of `run`, which is all of the batch, or one entry where each has its own
+  // positions; part `group` of `groups` of them.
+  void rotate_run(int64_t run, int64_t t0, int64_t t1, int64_t group, int64_t groups) const {
     const int64_t n = t1 - t0;
     float* cosines = static_cast<float*>(thread_scratch(sizeof(float) * 2 * n * stride));
     float* sines = cosines + n * stride;
     for (int64_t t = 0; t < n; ++t) {
-      const int64_t p = a.positions ? a.positions[b0 * a.positions_stride_b + t0 + t] : t0 + t;
+      const int64_t p = a.positions ? a.positions[run * a.positions_stride_b + t0 + t] : t0 + t;
       fill(p, cosines + t * stride, sines + t * stride);
     }
-    apply(a.q, a.q_out, b0, b1, t0, n, group, groups, cosines, sines);
-    if (a.k.data) apply(a.k, a.k_out, b0, b1, t0, n, group, groups, cosines, sines);
+    apply(a.q, a.q_out, run, t0, n, group, groups, cosines, sines);
+    if (a.k.data) apply(a.k, a.k_out, run, t0, n, group, groups, cosines, sines);
     if (streaming) stream_fence();
   }
 
@@ -101,14 +102,14 @@ class Work {
     }
   }
 
-  void apply(const Rows& in, const Rows& to, int64_t b0, int64_t b1, int64_t t0, int64_t n,
-             int64_t group, int64_t groups, const float* cosines, const float* sines) const {
-    const int64_t members = (b1 - b0) * in.heads;
+  void apply(const Rows& in, const Rows& to, int64_t run, int64_t t0, int64_t n, int64_t group,
+             int64_t groups, const float* cosines, const float* sines) const {
+    const int64_t members = (a.positions_stride_b ? 1 : in.batch) * in.heads;
     const int64_t m0 = members * group / groups, m1 = members * (group + 1) / groups;
     // In (batch, length, heads, dim) memory, a position's heads lie together: heads innermost.
     const bool heads_inner = to.stride_h < to.stride_l && m1 - m0 == members;
     for (int64_t m = m0; m < m1; m += heads_inner ? in.heads : 1) {
-      const int64_t b = b0 + m / in.heads, h = m % in.heads;
+      const int64_t b = run + m / in.heads, h = m % in.heads;
       const T* x = static_cast<const T*>(in.data) + b * in.stride_b + h * in.stride_h;
       T* out = static_cast<T*>(to.data) + b * to.stride_b + h * to.stride_h;
       for (int64_t t = 0; t < n; ++t) {
@@ -143,10 +144,9 @@ class Work {
 }  // namespace
 
 void rotate(const RotaryArgs& a) {
-  // A run is what shares positions: the whole batch, or one entry of it.
-  const int64_t runs = a.positions_stride_b ? a.q.batch : 1, batches = a.q.batch / runs;
-  const int64_t heads = a.q.heads + a.k.heads, members = batches * heads;
-  const int64_t work = a.q.batch * heads * a.q.length * a.q.dim;
+  const int64_t runs = a.positions_stride_b ? a.q.batch : 1;
+  const int64_t rows = a.q.batch * a.q.heads + a.k.batch * a.k.heads, members = rows / runs;
+  const int64_t work = rows * a.q.length * a.q.dim;
   MMKERN_SWITCH_DTYPE(a.dtype, T, {
     const Work<T> w(a);
     const int64_t length = w.block_length(), blocks = (a.q.length + length - 1) / length;
@@ -162,9 +162,8 @@ void rotate(const RotaryArgs& a) {
     parallel_tasks(tasks, [&](int64_t task) {
       for (int64_t i = items * task / tasks; i < items * (task + 1) / tasks; ++i) {
         const int64_t group = i % groups, t0 = i / groups % blocks * length;
-        const int64_t b = i / groups / blocks * batches;
         const int64_t t1 = t0 + length < a.q.length ? t0 + length : a.q.length;
-        w.run(b, b + batches, t0, t1, group, groups);
+        w.rotate_run(i / groups / blocks, t0, t1, group, groups);
       }
     });
   })

@@ -66,7 +66,7 @@ def rotary(
     Args:
         q: (..., length, dim), float32, bfloat16, float16 or float64; any strides with the last dim contiguous are
             read where they lie, so a transposed (batch, length, heads, dim) projection is not copied.
-        k: q's rank, length, dim and dtype, and q's batch (first of four or more dims); the number of heads may differ.
+        k: q's rank, length, dim and dtype, and q's batch (first of four or more dims); the heads may differ.
             None turns q alone.
         positions: int64 (length,), or (batch, length) with batch = q.shape[0]; None: 0, 1, 2, ...
         base: > 0; 10000 in the paper, 500000 in Llama 3.
@@ -78,7 +78,8 @@ def rotary(
             within the half. rotary_dim must be divisible by 4, and without positions length = height * width.
 
     Returns:
-        q turned, or (q turned, k turned): shapes, dtypes and, where the last dim is contiguous, layouts of q and k.
+        q turned, or (q turned, k turned): q's and k's shapes and dtypes, and their strides where the last
+            dim is contiguous and there are up to four dims, else contiguous.
         Angles are exact to 1e-9 radians up to position 2^20.
 
     Raises:
@@ -109,6 +110,8 @@ def rotary(
             raise ValueError(
                 f"positions: expected (length,) or (batch, length), got {tuple(positions.shape)} for q {tuple(q.shape)}"
             )
+        if k is not None and positions.dim() == 2 and k.shape[0] != q.shape[0]:
+            raise ValueError(f"k: expected q's batch with 2-D positions, got k {tuple(k.shape)} and q {tuple(q.shape)}")
     if layout not in ("half", "interleaved"):
         raise ValueError(f"layout: expected 'half' or 'interleaved', got {layout!r}")
     if not base > 0:
