@@ -71,7 +71,7 @@ def add_positional_encoding(
 
     Returns:
         x's shape and dtype; x's strides if its last dim is contiguous and it has up to four dims, else contiguous.
-        Sines and cosines are within 3e-7 at any position up to 2^28, and the same bits at a position whatever the offset.
+        Sines and cosines are within 3e-7 up to position 2^28, with the same bits at a position whatever the offset.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, an unknown encoding, a negative offset, dropout_p.
