@@ -1,5 +1,6 @@
 """Fused attention, softmax and positional encoding for PyTorch, with the same meaning on CPU and GPU."""
 
+from mmkern.ops.attention import scaled_dot_product_attention
 from mmkern.ops.dispatch import Choice, backend, explain
 from mmkern.ops.position import add_positional_encoding, embed_tokens
 from mmkern.ops.rotary import alibi_slopes, rotary
@@ -14,5 +15,6 @@ __all__ = [
     "embed_tokens",
     "explain",
     "rotary",
+    "scaled_dot_product_attention",
     "softmax",
 ]
