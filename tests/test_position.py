@@ -184,6 +184,8 @@ ERRORS = [
     (lambda: mmkern.add_positional_encoding(X.int()), TypeError, "x: .*int32"),
     (lambda: mmkern.add_positional_encoding(torch.zeros(3)), ValueError, r"x: .*\(3,\)"),
     (lambda: mmkern.add_positional_encoding(X, "sine"), ValueError, "encoding: .*'sine'"),
+    (lambda: mmkern.add_positional_encoding(X, 3), TypeError, "encoding: .*int"),
+    (lambda: mmkern.add_positional_encoding(X, offset=1.0), TypeError, "offset: .*float"),
     (lambda: mmkern.add_positional_encoding(X, T[:, :5]), ValueError, r"encoding: .*8.*\(4, 5\)"),
     (lambda: mmkern.add_positional_encoding(X, T.half()), TypeError, "encoding: .*float16.*float32"),
     (lambda: mmkern.add_positional_encoding(X, T, offset=2), IndexError, "offset: 2 .*length 3.*max_length 4"),

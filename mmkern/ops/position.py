@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,21 @@ from mmkern import reference
 from mmkern.ops.dispatch import Op
 
 ENCODINGS = ("sinusoidal", "scalar", "sincos2d")
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _refuse(dtype: torch.dtype, dropout_p: float) -> str | None:
-    if dtype == torch.float64:
-        return "the CPU kernels take float32, bfloat16 and float16, not torch.float64"
-    return "dropout has no CPU kernel" if dropout_p else None
+def _refuse_dtype(dtype: torch.dtype) -> str | None:
+    return "the CPU kernels take float32, bfloat16 and float16, not torch.float64" if dtype == torch.float64 else None
+
+
+def _refuse_add(
+    x: Tensor, encoding: str, table: Tensor | None, offset: int, offsets: Tensor | None, scale: float, dropout_p: float
+) -> str | None:
+    return "dropout has no CPU kernel" if dropout_p else _refuse_dtype(x.dtype)
+
+
+def _refuse_embed(tokens: Tensor, *rest: Any) -> str | None:
+    return _refuse_add(*rest[:-1])
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -33,14 +43,14 @@ _add = Op(
     "float dropout_p) -> Tensor",
     reference=reference.add_positional_encoding,
     fake=lambda x, *_: _empty_rows(x),
-    kernels={"cpu": lambda x, encoding, table, offset, offsets, scale, dropout_p: _refuse(x.dtype, dropout_p)},
+    kernels={"cpu": _refuse_add},
 )
 _embed = Op(
     "embed_tokens_fwd(Tensor tokens, Tensor weight, str encoding, Tensor? table, SymInt offset, Tensor? offsets, "
     "float scale, float dropout_p, int? padding_idx) -> Tensor",
     reference=reference.embed_tokens,
     fake=lambda tokens, weight, *_: weight.new_empty(*tokens.shape, weight.shape[1]),
-    kernels={"cpu": lambda tokens, weight, *rest: _refuse(weight.dtype, rest[5])},
+    kernels={"cpu": _refuse_embed},
 )
 
 
@@ -151,23 +161,25 @@ def _positions(
     name: str, encoding: str | Tensor, offset: int | Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[str, Tensor | None, int, Tensor | None]:
     """The checked schema arguments (encoding, table, offset, offsets) for activations of `shape`."""
-    length, dim = shape[-2:]
+    length, dim = shape[-2], shape[-1]
     table: Tensor | None = None
     offsets: Tensor | None = None
-    kind = "table" if isinstance(encoding, Tensor) else encoding
-    if isinstance(encoding, Tensor):
-        table = encoding
+    if not isinstance(encoding, str):
+        table, kind = encoding, "table"
+        if not isinstance(table, Tensor):
+            raise TypeError(f"encoding: expected a name or a tensor, got {_kind(table)}")
         if table.dim() != 2 or table.shape[1] != dim:
             raise ValueError(f"encoding: expected a table (max_length, {dim}), got shape {tuple(table.shape)}")
         if table.dtype != dtype:
             raise TypeError(f"encoding: the table has {table.dtype}, what it is added to {dtype}")
-    elif encoding == "sincos2d":
-        if len(shape) < 3 or dim % 4:
+    else:
+        kind = encoding
+        if kind == "sincos2d" and (len(shape) < 3 or dim % 4):
             raise ValueError(
                 f"{name}: 'sincos2d' takes (..., height, width, dim) with dim divisible by 4, got shape {tuple(shape)}"
             )
-    elif encoding not in ("none", *ENCODINGS):
-        raise ValueError(f"encoding: expected a tensor or one of {', '.join(ENCODINGS)}, got {encoding!r}")
+        if kind != "none" and kind not in ENCODINGS:
+            raise ValueError(f"encoding: expected a tensor or one of {', '.join(ENCODINGS)}, got {encoding!r}")
     if isinstance(offset, Tensor):
         offsets, offset = offset, 0
         if offsets.dtype != torch.int64:
@@ -176,6 +188,8 @@ def _positions(
             raise ValueError(
                 f"offset: expected one per batch entry of {name}, got shape {tuple(offsets.shape)} for {tuple(shape)}"
             )
+    elif not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"offset: expected an int or an int64 tensor, got {_kind(offset)}")
     elif offset < 0:
         raise ValueError(f"offset: expected an int >= 0 or an int64 tensor, got {offset!r}")
     elif table is not None and offset + length > table.shape[0]:

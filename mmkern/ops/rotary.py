@@ -9,20 +9,20 @@ from torch import Tensor
 
 from mmkern import reference
 from mmkern.ops.dispatch import Op
-from mmkern.ops.position import _FLOATING, _empty_rows, _kind, _refuse
+from mmkern.ops.position import _FLOATING, _empty_rows, _kind, _refuse_dtype
 
 _rotary = Op(
     "rotary_fwd(Tensor q, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid) -> Tensor",
     reference=reference.rotary,
     fake=lambda q, *_: _empty_rows(q),
-    kernels={"cpu": lambda q, *_: _refuse(q.dtype, 0.0)},
+    kernels={"cpu": lambda q, *_: _refuse_dtype(q.dtype)},
 )
 _rotary_qk = Op(
     "rotary_qk_fwd(Tensor q, Tensor k, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid)"
     " -> (Tensor, Tensor)",
     reference=reference.rotary_qk,
     fake=lambda q, k, *_: (_empty_rows(q), _empty_rows(k)),
-    kernels={"cpu": lambda q, *_: _refuse(q.dtype, 0.0)},
+    kernels={"cpu": lambda q, *_: _refuse_dtype(q.dtype)},
 )
 
 
@@ -95,11 +95,14 @@ def rotary(
         raise TypeError(f"q: expected a floating-point tensor, got {_kind(q)}")
     if q.dim() < 2:
         raise ValueError(f"q: expected (..., length, dim), got shape {tuple(q.shape)}")
-    length, dim = q.shape[-2:]
+    shape = q.shape
+    length, dim = shape[-2], shape[-1]
     if k is not None:
+        k_shape = k.shape if isinstance(k, Tensor) else ()
         if not isinstance(k, Tensor) or k.dtype != q.dtype:
             raise TypeError(f"k: expected a tensor of q's dtype {q.dtype}, got {_kind(k)}")
-        if k.dim() != q.dim() or k.shape[-2:] != q.shape[-2:] or (k.dim() > 3 and k.shape[0] != q.shape[0]):
+        same = len(k_shape) == len(shape) and k_shape[-2] == length and k_shape[-1] == dim
+        if not same or (len(shape) > 3 and k_shape[0] != shape[0]):
             raise ValueError(
                 f"k: expected q's rank, batch, length and dim, got k {tuple(k.shape)} and q {tuple(q.shape)}"
             )
