@@ -67,6 +67,7 @@ SHAPES = [
     Shape("attention-lengths", "BERT-base padded 512", 2, (12, 12), 512, 512, 64, dtypes=TWO),
     Shape("attention-bias", "T5-base 512", 1, (12, 12), 512, 512, 64, dtypes=TWO, options={"scale": 1.0}),
     Shape("attention-bias", "Swin-T windows 49", 256, (3, 3), 49, 49, 32, "quick", TWO),
+    Shape("attention-window", "window 128 of 1024", 1, (8, 8), 1024, 1024, 64, "quick", TWO, {"window": 128}),
     Shape("attention-window", "window 512 of 4096", 1, (8, 8), 4096, 4096, 64, dtypes=TWO, options={"window": 512}),
     Shape("attention-cosine", "Swin-v2 windows 64", 64, (6, 6), 64, 64, 32, "quick", TWO),
     Shape("attention-cosine", "1024 tokens", 2, (8, 8), 1024, 1024, 64, dtypes=TWO),

@@ -41,16 +41,14 @@ def cases() -> Iterator[Case]:
                 batch, q_heads, k_heads, length, dim = shape
                 elements = batch * (q_heads + k_heads) * length * dim
                 dims = f"{batch}x{q_heads}/{k_heads}x{length}x{dim}"
-                build, flops, moved = _rotary, 3.0 * elements, 2.0 * elements * dtype.itemsize
             else:
                 elements = math.prod(shape[:3])
                 dims = "x".join(map(str, shape[:3]))
-                build, flops = _add if op == "add_positional_encoding" else _embed, 2.0 * elements
-                table = math.prod(shape[1:3]) if kind == "learned" else 0
-                moved = (2.0 * elements + table) * dtype.itemsize
-            yield Case(
-                "position", op, name, dims, dtype, partial(build, shape, kind), flops, moved, "copy", level
-            )
+            table = math.prod(shape[1:3]) if kind == "learned" else 0
+            moved = (2.0 * elements + table) * dtype.itemsize
+            build = partial({"rotary": _rotary, "embed_tokens": _embed}.get(op, _add), shape, kind)
+            flops = (3.0 if op == "rotary" else 2.0) * elements
+            yield Case("position", op, name, dims, dtype, build, flops, moved, "copy", level)
 
 
 def _rotary(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Problem:

@@ -15,7 +15,7 @@ from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
 from mmkern.testing import randn
 
 # name, shape, dim, level
-SHAPES = [
+SHAPES: list[tuple[str, tuple[int, ...], Any, str]] = [
     ("smallest", (8, 32), -1, "quick"),
     ("classes 256x1000", (256, 1000), -1, "quick"),
     ("expert router", (8192, 64), -1, "default"),
@@ -26,7 +26,7 @@ SHAPES = [
     ("channels of an image", (8, 64, 56, 56), 1, "default"),
 ]
 # name, shape of the scores, what is added or hidden, level
-MASKED = [
+MASKED: list[tuple[str, tuple[int, ...], Any, str]] = [
     ("BERT-base padded 128", (8, 12, 128, 128), "padding", "quick"),
     ("BERT-base padded 512", (2, 12, 512, 512), "padding", "default"),
     ("T5-base bias 512", (1, 12, 512, 512), "bias", "default"),
@@ -36,42 +36,24 @@ MASKED = [
 
 def cases() -> Iterator[Case]:
     for name, dtype in DTYPES.items():
-        for shape_name, shape, dim, level in SHAPES:
-            moved = 2.0 * math.prod(shape) * dtype.itemsize
-            for op in ("softmax", "log_softmax"):
-                if op == "log_softmax" and name == "float16":
-                    continue
-                yield _case(op, shape_name, shape, dtype, partial(_plain, op, shape, dim), moved, level)
-        for shape_name, shape, kind, level in MASKED:
-            if name == "float16":
-                continue
-            moved = 2.0 * math.prod(shape) * dtype.itemsize
-            moved += math.prod(shape) * (dtype.itemsize if kind == "bias" else 1 if kind == "mask" else 0)
-            yield _case("masked_softmax", shape_name, shape, dtype, partial(_masked, shape, kind), moved, level)
-
-
-def _case(
-    op: str,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    build: Callable[[torch.dtype, str], Problem],
-    moved: float,
-    level: str,
-) -> Case:
-    # max, subtract, exp (about 10), sum and scale: never the limit, but counted
-    return Case(
-        "softmax",
-        op,
-        name,
-        "x".join(map(str, shape)),
-        dtype,
-        build,
-        flops=14.0 * math.prod(shape),
-        bytes=moved,
-        bound="copy",
-        level=level,
-    )
+        rows = [("softmax", partial(_plain, "softmax", row[1], row[2]), row, 0) for row in SHAPES]
+        if name != "float16":
+            rows += [("log_softmax", partial(_plain, "log_softmax", row[1], row[2]), row, 0) for row in SHAPES]
+            extra = {"padding": 0, "bias": dtype.itemsize, "mask": 1}
+            rows += [("masked_softmax", partial(_masked, row[1], row[2]), row, extra[row[2]]) for row in MASKED]
+        for op, build, (shape_name, shape, _, level), read in rows:
+            yield Case(
+                family="softmax",
+                op=op,
+                shape=shape_name,
+                dims="x".join(map(str, shape)),
+                dtype=dtype,
+                build=build,
+                flops=14.0 * math.prod(shape),  # maximum, subtraction, exp (about 10), sum, scaling
+                bytes=math.prod(shape) * (2.0 * dtype.itemsize + read),
+                bound="copy",
+                level=level,
+            )
 
 
 def _plain(op: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str) -> Problem:

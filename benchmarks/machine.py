@@ -41,7 +41,7 @@ def _commit() -> str | None:
 
 def facts() -> dict[str, Any]:
     """Everything a reader needs to judge or repeat the numbers; plain JSON values."""
-    mkl = re.search(r"Math Kernel Library Version (\S+)", torch.__config__.show())
+    mkl = re.search(r"Math Kernel Library Version ([\d.]+)", torch.__config__.show())
     onednn = re.search(r"MKL-DNN v(\S+)", torch.__config__.show())
     return {
         "processor": _processor(),

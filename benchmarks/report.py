@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmkern.benchmarks.measure import Pair, Result, geometric_mean
+from mmkern.benchmarks.measure import Pair, Result, geometric_mean, median
 
 SCHEMA = "mmkern.bench/1"
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -59,12 +59,24 @@ class Report:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first `left` columns are words, the rest numbers."""
+    """Cells as text; `words` names the columns that are not numbers, `spare` those a narrow screen drops first."""
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    left: int
+    rows: Sequence[tuple[str, ...]]
+    words: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
+
+    def fit(self, width: int) -> Table:
+        """The table without as many of its spare columns as it takes to be at most `width` characters wide."""
+        kept = list(range(len(self.header)))
+        for name in (*self.spare, None):
+            widths = [max(len(row[i]) for row in (self.header, *self.rows)) for i in kept]
+            if name is None or sum(widths) + 3 * len(widths) <= width:
+                break
+            kept.remove(self.header.index(name))
+        pick = tuple(self.header[i] for i in kept)
+        return Table(self.title, pick, [tuple(row[i] for i in kept) for row in self.rows], self.words)
 
 
 def duration(seconds: float) -> str:
@@ -88,22 +100,21 @@ def family_tables(results: Sequence[Result]) -> list[Table]:
     tables = []
     for family in dict.fromkeys(r.family for r in results):
         rows = [_row(r) for r in results if r.family == family]
-        tables.append(Table(family, header, rows, left=4))
+        words, spare = (*header[:4], "torch's way"), ("torch's way", "size", "max error (torch)", "of peak", "rate")
+        tables.append(Table(family, (*header, "torch's way"), rows, words, spare))
     return tables
 
 
 def _row(r: Result) -> tuple[str, ...]:
     head = (r.op, r.shape, r.dims, SHORT.get(r.dtype, r.dtype))
     errors = "" if r.max_error is None else f"{r.max_error:.1e} ({r.torch_error:.1e})"
-    if r.status != "ok":
-        return (*head, r.status.upper(), "", "", "", "", errors)
     if r.pair is None:
-        return (*head, "", "", "", "", "", errors)
+        return (*head, "" if r.status == "ok" else r.status.upper(), "", "", "", "", errors, "")
     unit = "GFLOP/s" if r.bound in ("fma", "bf16_dot") else "GB/s"
     rate = "" if r.rate is None else f"{_three_digits(r.rate)} {unit}"
     share = "" if r.of_ceiling is None else f"{r.of_ceiling:.0%} {CEILING_NAMES[r.bound]}"
-    assert r.seconds is not None and r.torch_seconds is not None
-    return (*head, duration(r.seconds), duration(r.torch_seconds), speedup(r.pair), rate, share, errors)
+    times = duration(median(r.pair.ours)), duration(median(r.pair.theirs))
+    return (*head, *times, speedup(r.pair), rate, share, errors, r.against)
 
 
 def summary(results: Sequence[Result]) -> Table:
@@ -122,26 +133,25 @@ def summary(results: Sequence[Result]) -> Table:
             rows.append((op, dtype, f"{len(timed)}/{len(group)}", f"{mean:.2f}x", f"{worst:.2f}x", shape, ran))
         else:
             rows.append((op, dtype, f"0/{len(group)}", "", "", "", ran))
-    return Table("summary", header, rows, left=2)
+    return Table("summary", header, rows, ("op", "dtype", "worst case", "backend"), ("backend",))
 
 
 def lost(results: Sequence[Result]) -> Table:
     """Cases where torch is faster, the worst first; "within noise" where the interval reaches 1."""
-    header = ("op", "shape", "dtype", "mmkern", "torch", "speedup", "torch's way", "")
-    losing = sorted((r.pair.speedup, i) for i, r in enumerate(results) if r.pair and r.pair.speedup < 1)
+    header = ("op", "shape", "dtype", "mmkern", "torch", "speedup", "torch's way", "note")
+    losing = [(r.pair, r) for r in results if r.pair and r.pair.speedup < 1]
     rows = []
-    for _, i in losing:
-        r = results[i]
-        assert r.pair is not None and r.seconds is not None and r.torch_seconds is not None
-        noise = "within noise" if r.pair.high >= 1 else ""
-        times = duration(r.seconds), duration(r.torch_seconds)
-        rows.append((r.op, r.shape, SHORT.get(r.dtype, r.dtype), *times, speedup(r.pair), r.against, noise))
-    return Table("slower than torch", header, rows, left=3)
+    for pair, r in sorted(losing, key=lambda both: both[0].speedup):
+        noise = "within noise" if pair.high >= 1 else ""
+        times = duration(median(pair.ours)), duration(median(pair.theirs))
+        rows.append((r.op, r.shape, SHORT.get(r.dtype, r.dtype), *times, speedup(pair), r.against, noise))
+    return Table("slower than torch", header, rows, ("op", "shape", "dtype", "torch's way", "note"), ("torch's way",))
 
 
 def failures(results: Sequence[Result]) -> Table:
     rows = [(r.op, r.shape, SHORT.get(r.dtype, r.dtype), r.status, r.error) for r in results if r.status != "ok"]
-    return Table("failed", ("op", "shape", "dtype", "", "why"), rows, left=5)
+    header = ("op", "shape", "dtype", "status", "why")
+    return Table("failed", header, rows, header)
 
 
 def model_table(model: Sequence[dict[str, Any]]) -> Table:
@@ -159,7 +169,7 @@ def model_table(model: Sequence[dict[str, Any]]) -> Table:
         )
         for m in model
     ]
-    return Table("MiniLM-L6 (pretrained, transformers)", header, rows, left=1)
+    return Table("MiniLM-L6 (pretrained, transformers)", header, rows, ("texts",), ("eager", "least cosine"))
 
 
 def machine_lines(report: Report) -> list[str]:
@@ -210,6 +220,6 @@ def _markdown(table: Table) -> list[str]:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    rule = ["---" if i < table.left else "---:" for i in range(len(table.header))]
+    rule = ["---" if name in table.words else "---:" for name in table.header]
     title = table.title[0].upper() + table.title[1:]
     return [f"## {title}", "", line(table.header), line(rule), *map(line, table.rows), ""]

@@ -10,9 +10,7 @@ from mmkern.benchmarks.measure import DTYPES, LEVELS, Case
 FAMILIES = {"attention": bench_attention, "softmax": bench_softmax, "position": bench_position}
 
 
-def select(
-    ops: Sequence[str] = (), dtypes: Sequence[str] = (), level: str = "default"
-) -> list[Case]:
+def select(ops: Sequence[str] = (), dtypes: Sequence[str] = (), level: str = "default") -> list[Case]:
     """Cases of the named ops or families (all if none), dtypes (all) and levels up to `level`, table order.
 
     Raises:

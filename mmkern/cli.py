@@ -81,10 +81,12 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _print(console: Console, table: report.Table) -> None:
-    """One table; the rows of an op stand together under a rule."""
+    """One table, as wide as the screen allows; a gap between the rows of different ops."""
+    table = table.fit(console.width)
     shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for i, name in enumerate(table.header):
-        shown.add_column(name, justify="left" if i < table.left else "right", no_wrap=i != len(table.header) - 1)
+    for name in table.header:
+        words = name in table.words
+        shown.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for row, after in zip(table.rows, [*table.rows[1:], None], strict=True):
         style = "red" if any(cell in ("WRONG", "ERROR", "wrong", "error") for cell in row) else None
         shown.add_row(*row, style=style, end_section=after is not None and after[0] != row[0])
@@ -160,7 +162,7 @@ def verify(ops: Ops = "", dtype: Dtypes = "", quick: Quick = False, full: Full =
     for result in results:
         groups.setdefault((result.op, report.SHORT[result.dtype]), []).append(result)
     rows = [(*key, str(len(group)), *_verdict(group)) for key, group in groups.items()]
-    _print(console, report.Table("verify", header, rows, left=2))
+    _print(console, report.Table("verify", header, rows, ("op", "dtype", "backend")))
     if bad.rows:
         _print(console, bad)
         raise typer.Exit(1)
@@ -189,7 +191,7 @@ def info() -> None:
     facts["isa"] = facts["isa"] or "none: mmkern._C is not built, the reference formulas run"
     rows = [(name, str(value)) for name, value in facts.items() if value]
     rows += [(name, f"{value:.0f} {unit}") for name, (value, unit) in peaks.items() if value]
-    _print(console, report.Table(f"mmkern {mmkern.__version__}", ("", ""), rows, left=2))
+    _print(console, report.Table(f"mmkern {mmkern.__version__}", ("", "value"), rows, ("", "value")))
 
 
 @app.command()
@@ -212,13 +214,16 @@ def explain(
                 ran = f"{choice.backend} ({choice.detail})" if choice.detail else choice.backend
                 why = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused.items())
                 rows.append((op, name, choice.op, ran, why))
-    _print(_console(), report.Table("backends", ("op", "dtype", "kernel", "runs on", "why not others"), rows, left=5))
+    header = ("op", "dtype", "kernel", "runs on", "why not others")
+    _print(_console(), report.Table("backends", header, rows, header))
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """Entry point: a wrong option is one line on stderr and status 2, never a traceback."""
     try:
-        status: Any = app(args=None if arguments is None else list(arguments), prog_name="mmkern", standalone_mode=False)
+        status: Any = app(
+            args=None if arguments is None else list(arguments), prog_name="mmkern", standalone_mode=False
+        )
     except Exception as error:
         # typer carries its own copy of click in newer versions: the class has no stable import path
         if not hasattr(error, "format_message"):

@@ -1,9 +1,9 @@
 """torch.nn.functional's attention and softmax carried out by mmkern, where and as long as it is asked for.
 
-    with mmkern.integrations.torch.patched():
-        model(inputs)
+with mmkern.integrations.torch.patched():
+    model(inputs)
 
-    mmkern.integrations.torch.patch(model)  # for every forward pass of this model, until unpatch(model)
+mmkern.integrations.torch.patch(model)  # for every forward pass of this model, until unpatch(model)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 import mmkern
 
 _lock = threading.Lock()
-_depth = 0
+_open: list[object] = []  # blocks now open, over all threads
 _saved: dict[str, Any] = {}
 
 
@@ -51,10 +51,10 @@ def patched() -> Iterator[None]:
         ...     torch.nn.functional.softmax(torch.zeros(2), dim=0)
         tensor([0.5000, 0.5000])
     """
-    global _depth
+    block = object()
     with _lock:
-        _depth += 1
-        if _depth == 1:
+        _open.append(block)
+        if len(_open) == 1:
             for name in ("scaled_dot_product_attention", "softmax", "log_softmax"):
                 _saved[name] = getattr(F, name)
             _saved["fastpath"] = torch.backends.mha.get_fastpath_enabled()
@@ -66,8 +66,8 @@ def patched() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _depth -= 1
-            if _depth == 0:
+            _open.remove(block)
+            if not _open:
                 torch.backends.mha.set_fastpath_enabled(_saved.pop("fastpath"))
                 for name, function in _saved.items():
                     setattr(F, name, function)
@@ -93,8 +93,8 @@ def patch(model: torch.nn.Module) -> torch.nn.Module:
 def unpatch(model: torch.nn.Module) -> torch.nn.Module:
     """Give `model` its own forward back; returns `model`. Harmless where `patch` was not called."""
     forward = vars(model).get("forward")
-    if hasattr(forward, "__mmkern_patched__"):
+    if forward is not None and hasattr(forward, "__mmkern_patched__"):
         del model.forward
         if forward.__mmkern_patched__ is not None:
-            model.forward = forward.__mmkern_patched__  # type: ignore[method-assign]
+            model.forward = forward.__mmkern_patched__
     return model

@@ -30,8 +30,8 @@ def attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
@@ -52,7 +52,7 @@ def attention_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
-    whole = isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset == 0
+    whole = all(isinstance(offset, int) and offset == 0 for offset in (q_offset, kv_offset))
     causal = mask_function is causal_mask_function and q_length == kv_length
     if (
         mask is not None
