@@ -53,7 +53,7 @@ class NinjaBuild(build_ext):
         )
         include = [torch / "include", pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc"]
         flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno -ffp-contract=off "
-        flags += "-Wno-maybe-uninitialized "  # GCC 12 warns of its own AVX-512 headers
+        flags += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 warns of its own AVX-512 headers
         flags += "-DTORCH_TARGET_VERSION=0x020b000000000000 " + " ".join(f"-isystem {p}" for p in include[:3])
         flags += f" -I{include[3]} -DMMKERN_ISAS='\"{' '.join(ISAS)}\"'"
         rules = [

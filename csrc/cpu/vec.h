@@ -11,7 +11,8 @@
 //   max(a, b), min(a, b): b where either is NaN, so max(bound, x) keeps a NaN in x
 //   less(a, b) less_equal equal  is_nan  first_n(n)  load_mask(p) load_mask_n(p, n)   give a Mask
 //   & | ~ on Masks   any(m)   select(m, a, b) = m ? a : b
-//   pow2(n): 2^n for integral n in [-127, 127], 0 at -127   reduce_add reduce_max
+//   exponent_bits(x): the bits of x shifted left by 23   reduce_add reduce_max  first_lane
+//   transpose(rows): kLanes vectors as a square matrix, in place
 #pragma once
 
 #include <cmath>
@@ -93,20 +94,25 @@ inline void from_float(float x, f16* out) {
 namespace mmkern::MMKERN_ISA {
 
 // 2^f for f in [-0.5, 0.5]: degree 5, exact at 0, relative error 1e-7.
-inline Vec exp2_fraction(Vec f) {
+inline Vec exp2_slope(Vec f) {  // (2^f - 1) / f
   Vec p = set1(1.326472716e-3f);
   p = fma(p, f, set1(9.671512642e-3f));
   p = fma(p, f, set1(5.550733743e-2f));
   p = fma(p, f, set1(2.402224209e-1f));
-  p = fma(p, f, set1(6.931469776e-1f));
-  return fma(p, f, set1(1.0f));
+  return fma(p, f, set1(6.931469776e-1f));
 }
+inline Vec exp2_fraction(Vec f) { return fma(exp2_slope(f), f, set1(1.0f)); }
+inline Vec exp2m1_fraction(Vec f) { return exp2_slope(f) * f; }
+
+// Adding 1.5 * 2^23 + 127 rounds to an integer n and leaves n + 127, the exponent of 2^n, in the low bits.
+constexpr float kExponentMagic = 12582912.0f + 127.0f;
+inline Vec pow2(Vec n) { return exponent_bits(n + set1(kExponentMagic)); }
 
 // 2^x for x <= 127; 0 at -127 and below; NaN for NaN.
 inline Vec exp2(Vec x) {
   x = max(set1(-127.0f), x);
-  const Vec n = round(x);
-  return exp2_fraction(x - n) * pow2(n);
+  const Vec shifted = x + set1(kExponentMagic);
+  return exp2_fraction(x - (shifted - set1(kExponentMagic))) * exponent_bits(shifted);
 }
 
 }  // namespace mmkern::MMKERN_ISA

@@ -6,6 +6,7 @@ namespace mmkern::MMKERN_ISA {
 
 constexpr int kLanes = 4;
 typedef float f32x4 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 struct Vec {
   f32x4 v;
@@ -79,9 +80,8 @@ inline Vec round(Vec a) {
   const Vec rounded = {(a.v + magic) - magic};
   return select(less(abs(a), set1(4194304.0f)), rounded, a);
 }
-inline Vec pow2(Vec n) {
-  const i32x4 exponent = __builtin_convertvector(n.v + 127.0f, i32x4);
-  return {(f32x4)(exponent << 23)};
+inline Vec exponent_bits(Vec a) {
+  return {(f32x4)((u32x4)a.v << 23)};
 }
 
 inline Mask load_mask(const uint8_t* p) { return {i32x4{p[0], p[1], p[2], p[3]} != 0}; }
@@ -95,6 +95,13 @@ inline Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
 inline Mask operator~(Mask a) { return {~a.m}; }
 inline bool any(Mask a) { return (a.m[0] | a.m[1] | a.m[2] | a.m[3]) != 0; }
 
+// Lane j of row i moves to lane i of row j.
+inline void transpose(Vec (&rows)[4]) {
+  const f32x4 a = rows[0].v, b = rows[1].v, c = rows[2].v, d = rows[3].v;
+  for (int i = 0; i < 4; ++i) rows[i].v = f32x4{a[i], b[i], c[i], d[i]};
+}
+
+inline float first_lane(Vec a) { return a.v[0]; }
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(Vec a) {
   float m = a.v[0];

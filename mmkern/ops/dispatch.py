@@ -87,6 +87,8 @@ class Op:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         kernel = self._choose(tensors[0].device.type, args) if _is_default() else self._choose_forced(tensors, args)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            if torch.compiler.is_compiling():  # tracing refuses one tensor as two inputs: query is key, say
+                args = tuple(a.view_as(a) if isinstance(a, torch.Tensor) else a for a in args)
             return _Differentiable.apply(self, kernel, *args)
         return kernel(*args)
 

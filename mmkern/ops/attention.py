@@ -1,0 +1,310 @@
+"""Attention: `scaled_dot_product_attention` with torch's signature and more."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkern import reference
+from mmkern.ops.dispatch import Op
+from mmkern.reference import Similarity
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SIMILARITIES = {name.lower(): member.value for name, member in Similarity.__members__.items()}
+_ALIGNMENTS = ("upper_left", "lower_right")
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    *lead, heads, q_len, _ = query.shape
+    out = query.new_empty((*lead, q_len, heads, value.shape[-1])).transpose(-3, -2)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_empty((*lead, heads, q_len), dtype=dtype)
+
+
+def _refuse_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, *_: object
+) -> str | None:
+    if query.dtype not in _KERNEL_DTYPES:
+        return f"the CPU kernels take float32, bfloat16 and float16, not {query.dtype}"
+    if dropout_p > 0:
+        return "dropout has no CPU kernel"
+    return None
+
+
+_attention = Op(
+    "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
+    "float scale, int similarity, Tensor? temperature, int window_left, int window_right, float softcap, "
+    "Tensor? alibi_slopes, Tensor? key_lengths, Tensor? sinks, bool causal_lower_right, Tensor? dropout_seed) "
+    "-> (Tensor, Tensor)",
+    reference=reference.attention,
+    fake=_fake,
+    kernels={"cpu": _refuse_cpu},
+)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    similarity: str = "dot",
+    temperature: float | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal_alignment: str = "upper_left",
+    return_lse: bool = False,
+) -> Any:
+    """Attention with the signature of `torch.nn.functional.scaled_dot_product_attention`, and more after it.
+
+        score[i, j] = scale * temperature * similarity(query[i], key[j])
+        score = softcap * tanh(score / softcap)            if softcap
+        score -= alibi_slope * |i + offset - j|            if alibi_slopes
+        score += attn_mask[i, j]                           if attn_mask is a float mask
+        out[i] = sum_j softmax_j(score[i, j]) * value[j]   over the visible keys j
+
+    Args:
+        query: (..., heads, q_len, head_dim), float32, bfloat16, float16 or float64. Two dims are one head, three
+            are (batch, q_len, head_dim) with one head. Leading dims of all three broadcast.
+        key: (..., kv_heads, k_len, head_dim), of query's dtype and device.
+        value: (..., kv_heads, k_len, value_dim), likewise.
+        attn_mask: broadcastable to (..., heads, q_len, k_len): bool (True takes part) or float (added; query's
+            dtype or float32; minus infinity hides the key). Read with its strides, never expanded in memory.
+        dropout_p: chance in [0, 1] with which a weight is dropped, the others being divided by 1 - dropout_p.
+        is_causal: key j is visible to query i where j <= i + offset. Combines with attn_mask.
+        scale: factor of the similarity; default 1 / sqrt(head_dim) for "dot", 1 for the others.
+        enable_gqa: let groups of heads // kv_heads query heads share a key head.
+        similarity: "dot": q.k; "cosine": of the angle; "euclidean": -|q - k|; "squared_euclidean": -|q - k|^2.
+        temperature: another factor, a number or a float tensor () or (heads,), learned if it requires grad.
+        window: (left, right): query i sees keys i + offset - left .. i + offset + right; None is unbounded.
+        softcap: bound of the scores, > 0.
+        alibi_slopes: float (heads,) or (..., heads).
+        key_lengths: integers broadcastable to the leading dims but the heads: keys j < key_lengths are visible.
+        sinks: float (heads,): one more score in each row's softmax, with no value.
+        causal_alignment: where query 0 stands on the key axis: "upper_left": offset 0; "lower_right": offset
+            k_len - q_len, or key_lengths - q_len, so that the last query stands at the last key.
+        return_lse: also return the log-sum-exp of each row's scores (sinks included), (..., heads, q_len) float32
+            (float64 for float64 inputs), by which results over parts of the keys merge.
+
+    A query that sees no key gets 0, with a log-sum-exp of minus infinity. NaN in a query reaches its row; NaN in a
+    hidden key or value reaches nobody.
+
+    Returns:
+        (..., heads, q_len, value_dim) of query's dtype, or that and the log-sum-exp.
+
+    Raises:
+        TypeError: a dtype or the kind of an argument is wrong.
+        ValueError: shapes do not fit, devices differ, or a value is out of range.
+
+    Sources: Vaswani et al. 2017 (attention); Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling);
+    Press et al. 2022 (ALiBi); Liu et al. 2022 (cosine similarity with a learned temperature).
+
+    Example:
+        >>> import mmkern, torch
+        >>> q, k, v = torch.randn(3, 2, 8, 16, 64).unbind(0)
+        >>> mmkern.scaled_dot_product_attention(q, k, v, is_causal=True).shape
+        torch.Size([2, 8, 16, 64])
+    """
+    _check_tensors(query, key, value)
+    rank = query.dim()
+    if rank < 4 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        rank = max(rank, key.dim(), value.dim())
+        query, key, value = _align(query, key, value, enable_gqa)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
+    kind = _SIMILARITIES.get(similarity, -1)
+    if kind < 0:
+        raise ValueError(f"similarity: expected one of {', '.join(_SIMILARITIES)}, got {similarity!r}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1]) if kind == Similarity.DOT and query.shape[-1] else 1.0
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+
+    left = right = -1
+    lower_right = False
+    if (
+        attn_mask is not None
+        or temperature is not None
+        or window is not None
+        or softcap is not None
+        or alibi_slopes is not None
+        or key_lengths is not None
+        or sinks is not None
+        or causal_alignment != "upper_left"
+    ):
+        attn_mask = _mask(attn_mask, query, key, rank, enable_gqa)
+        if isinstance(temperature, Tensor):
+            temperature = _per_head("temperature", temperature, query, scalar=True)
+        elif temperature is not None:
+            scale *= _finite("temperature", temperature)
+            temperature = None
+        left, right = _window(window)
+        if softcap is not None and not (_finite("softcap", softcap) > 0):
+            raise ValueError(f"softcap: expected a number > 0, got {softcap}")
+        if alibi_slopes is not None:
+            alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query, batched=True)
+        if key_lengths is not None:
+            key_lengths = _lengths(key_lengths, query, key.shape[-2])
+        if sinks is not None:
+            sinks = _per_head("sinks", sinks, query)
+        if causal_alignment not in _ALIGNMENTS:
+            raise ValueError(f"causal_alignment: expected one of {', '.join(_ALIGNMENTS)}, got {causal_alignment!r}")
+        lower_right = causal_alignment == "lower_right"
+    # One draw from torch's default generator: manual_seed and checkpointing work as with torch's dropout.
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64) if dropout_p > 0.0 else None
+    out, lse = _attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, kind, temperature, left, right, softcap or 0.0,
+        alibi_slopes, key_lengths, sinks, lower_right, seed,
+    )  # fmt: skip
+    if rank < 4:
+        out, lse = _unalign(out, lse, rank, enable_gqa)
+    return (out, lse) if return_lse else out
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        if t.dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dims, got shape {tuple(t.shape)}")
+        if t.dtype != query.dtype:
+            raise TypeError(f"{name}: dtype {t.dtype} where query has {query.dtype}")
+        if t.device != query.device:
+            raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
+    if query.dtype not in _KERNEL_DTYPES and query.dtype != torch.float64:
+        raise TypeError(f"query: expected float32, bfloat16, float16 or float64, got {query.dtype}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key: its last dim must be query's head_dim; got {_shapes(query, key, value)}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"value: its length must be key's; got {_shapes(query, key, value)}")
+
+
+def _align(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of rank >= 4 with the same leading dims before the heads, and heads that a kernel can pair."""
+    tensors = [query, key, value]
+    rank = max(t.dim() for t in tensors)
+    if rank == 3 and not enable_gqa:  # three dims are a batch of one head
+        tensors = [t.unsqueeze(-3) if t.dim() == 3 else t for t in tensors]
+    views = [t[(None,) * (max(rank, 4) - t.dim())] for t in tensors]
+    heads, key_heads, value_heads = (t.shape[-3] for t in views)
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[:-3] for t in views))
+        (kv_heads,) = torch.broadcast_shapes((key_heads,), (value_heads,))
+    except RuntimeError:
+        raise ValueError(f"key: leading dims do not broadcast; got {_shapes(query, key, value)}") from None
+    if heads != kv_heads and heads == 1:
+        heads = kv_heads
+    if heads != kv_heads and kv_heads != 1:
+        if not enable_gqa:
+            raise ValueError(
+                f"key: {kv_heads} heads where query has {heads}; with enable_gqa=True, groups of query heads share one"
+            )
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"key: its {kv_heads} heads must divide query's {heads}; got {_shapes(query, key, value)}")
+    query = views[0].expand(*lead, heads, -1, -1)
+    key, value = (t.expand(*lead, kv_heads, -1, -1) for t in views[1:])
+    return query, key, value
+
+
+def _unalign(out: Tensor, lse: Tensor, rank: int, enable_gqa: bool) -> tuple[Tensor, Tensor]:
+    if rank == 3:
+        return (out.squeeze(0), lse.squeeze(0)) if enable_gqa else (out.squeeze(-3), lse.squeeze(-2))
+    return out.squeeze(0).squeeze(0), lse.squeeze(0).squeeze(0)
+
+
+def _mask(mask: Tensor | None, query: Tensor, key: Tensor, rank: int, enable_gqa: bool) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"attn_mask: expected a Tensor of bool, float32 or {query.dtype}, got {kind}")
+    _same_device("attn_mask", mask, query)
+    if query.dtype == torch.float64 and mask.dtype == torch.float32:
+        mask = mask.double()
+    if rank == 3 and not enable_gqa and mask.dim() == 3:
+        mask = mask.unsqueeze(-3)
+    shape = (*query.shape[:-1], key.shape[-2])
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., heads, q_len, k_len) = {shape}"
+        ) from None
+
+
+def _same_device(name: str, t: Tensor, query: Tensor) -> None:
+    if t.device != query.device:
+        raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
+
+
+def _finite(name: str, number: Any) -> float:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return float(number)
+
+
+def _per_head(name: str, t: Any, query: Tensor, *, scalar: bool = False, batched: bool = False) -> Tensor:
+    """`t` in the dtype of the arithmetic, with a value for each head (and batch, where `batched`)."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name}: expected a floating-point Tensor, got {kind}")
+    _same_device(name, t, query)
+    heads = query.shape[-3]
+    fits = t.shape == (heads,) or (scalar and t.dim() == 0) or (batched and t.dim() == query.dim() - 2)
+    full = (*query.shape[:-3], heads) if batched else (heads,)
+    try:
+        if not fits:
+            raise RuntimeError
+        return t.to(torch.promote_types(query.dtype, torch.float32)).expand(full)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: shape {tuple(t.shape)} where query has {heads} heads, query {tuple(query.shape)}"
+        ) from None
+
+
+def _window(window: Any) -> tuple[int, int]:
+    if window is None:
+        return -1, -1
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise ValueError(f"window: expected a pair (left, right), got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window: expected integers or None, got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window: expected sides >= 0, got {window!r}")
+    left, right = (-1 if side is None else side for side in window)
+    return left, right
+
+
+def _lengths(lengths: Any, query: Tensor, k_len: int) -> Tensor:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"key_lengths: expected a Tensor of int32 or int64, got {kind}")
+    _same_device("key_lengths", lengths, query)
+    # Reading the values of a GPU tensor would stop the stream: there, kernels clamp them.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and lengths.numel():
+        low, high = (int(x) for x in lengths.aminmax())
+        if low < 0 or high > k_len:
+            raise ValueError(f"key_lengths: expected values in [0, {k_len}], got {low}..{high}")
+    try:
+        return lengths.long().expand(query.shape[:-3])
+    except RuntimeError:
+        raise ValueError(
+            f"key_lengths: shape {tuple(lengths.shape)} does not broadcast to query's batch {tuple(query.shape[:-3])}"
+        ) from None

@@ -1,0 +1,120 @@
+"""Attention by its definition."""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from mmkern.reference.philox import keep_mask
+
+
+class Similarity(IntEnum):
+    """How a query is compared with a key; the numbers are those of the C++ enum."""
+
+    DOT = 0
+    COSINE = 1
+    EUCLIDEAN = 2
+    SQUARED_EUCLIDEAN = 3
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    similarity: int,
+    temperature: Tensor | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    sinks: Tensor | None,
+    causal_lower_right: bool,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scores) @ value and the log-sum-exp of the scores, as `scaled_dot_product_attention` documents.
+
+    query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) -> (B..., H, L, V), (B..., H, L).
+    """
+    heads, q_len, k_len = query.shape[-3], query.shape[-2], key.shape[-2]
+    q, (k, v) = query, (t.repeat_interleave(heads // t.shape[-3], -3) for t in (key, value))
+    if q.dtype in (torch.float16, torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
+    scores = _similarity(q, k, similarity) * scale
+    if temperature is not None:
+        scores = scores * temperature[:, None, None]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+
+    length = torch.full((), k_len, device=q.device) if key_lengths is None else key_lengths[..., None, None, None]
+    i = torch.arange(q_len, device=q.device)[:, None] + (length - q_len if causal_lower_right else 0)
+    j = torch.arange(k_len, device=q.device)
+    visible = (j < length).expand(scores.shape)
+    if is_causal:
+        visible = visible & (j <= i)
+    if window_left >= 0:
+        visible = visible & (j >= i - window_left)
+    if window_right >= 0:
+        visible = visible & (j <= i + window_right)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[..., None, None] * (i - j).abs()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    elif attn_mask is not None:
+        visible = visible & (attn_mask != -torch.inf)
+        scores = scores + torch.where(visible, attn_mask, 0.0)
+    visible = visible & (scores != -torch.inf)
+
+    # A row with nothing visible gets a maximum of 0, weights of 0 and a log-sum-exp of minus infinity.
+    scores = torch.where(visible, scores, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), 0)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = torch.where(scores == -torch.inf, 0.0, torch.exp(scores - top))
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    weights = (weights / torch.where(empty, 1.0, total))[..., :k_len]
+    lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)) + top).squeeze(-1)
+    if dropout_p > 0:
+        keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
+        weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
+    out = _weighted_sum(weights, v, visible).to(query.dtype)
+    return _as_output(out), lse
+
+
+def _similarity(q: Tensor, k: Tensor, kind: int) -> Tensor:
+    if kind == Similarity.COSINE:
+        q, k = (t / t.norm(dim=-1, keepdim=True).clamp_min(1e-12) for t in (q, k))
+    if kind in (Similarity.DOT, Similarity.COSINE):
+        return q @ k.transpose(-1, -2)
+    square = (q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1)
+    if kind == Similarity.SQUARED_EUCLIDEAN:
+        return -square
+    apart = square != 0  # the gradient of a distance of 0 is 0
+    return -torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+
+
+def _weighted_sum(weights: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """weights @ value, where a NaN or an infinity in a value reaches only rows that see its key."""
+    finite = value.isfinite()
+    out = weights @ torch.where(finite, value, 0.0)
+    if not torch.compiler.is_compiling() and bool(finite.all()):
+        return out
+    seen = (visible & (weights != 0)).to(out.dtype)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        there = value.isnan() if math.isnan(bad) else value == bad
+        out = out + torch.where(seen @ there.to(out.dtype) > 0, bad, 0.0)
+    return out
+
+
+def _as_output(out: Tensor) -> Tensor:
+    """Memory order (B..., L, H, V), so that merging the heads afterwards copies nothing."""
+    return out.transpose(-3, -2).contiguous().transpose(-3, -2)
