@@ -176,7 +176,7 @@ def _heads_as_rows(rows: Tensor, k: Tensor, v: Tensor, shape: torch.Size) -> Ten
 
 
 def _cosine(q: Tensor, k: Tensor, v: Tensor) -> Problem:
-    options = {"similarity": "cosine", "temperature": TEMPERATURE}
+    options: dict[str, Any] = {"similarity": "cosine", "temperature": TEMPERATURE}
 
     def normalise_and_sdpa() -> Tensor:
         return F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, scale=TEMPERATURE)
@@ -190,7 +190,7 @@ def _cosine(q: Tensor, k: Tensor, v: Tensor) -> Problem:
 
 def _euclidean(q: Tensor, k: Tensor, v: Tensor) -> Problem:
     scale = 1 / math.sqrt(q.size(-1))
-    options = {"similarity": "euclidean", "scale": scale}
+    options: dict[str, Any] = {"similarity": "euclidean", "scale": scale}
 
     def cdist_softmax_matmul() -> Tensor:
         return (torch.cdist(q, k) * -scale).softmax(-1) @ v

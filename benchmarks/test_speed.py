@@ -4,6 +4,8 @@ Each case is held against float64 before either side is timed. `mmkern bench` is
 interleaves both sides, which pytest-benchmark does not.
 """
 
+from typing import Any
+
 import pytest
 
 from mmkern.benchmarks.measure import Case, check, screen
@@ -12,7 +14,7 @@ from mmkern.benchmarks.suite import select
 
 @pytest.mark.parametrize("side", ["mmkern", "torch"])
 @pytest.mark.parametrize("case", select(), ids=lambda case: case.id)
-def test_speed(benchmark, case: Case, side: str) -> None:
+def test_speed(benchmark: Any, case: Case, side: str) -> None:
     problem = case.build(case.dtype, "cpu")
     found, ran = check(problem)
     assert found.ok, f"{found}; ran {ran}"
