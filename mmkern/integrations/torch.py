@@ -36,6 +36,13 @@ def _row_op(ours: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     return replacement
 
 
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": mmkern.scaled_dot_product_attention,
+    "softmax": _row_op(mmkern.softmax, "softmax"),
+    "log_softmax": _row_op(mmkern.log_softmax, "log_softmax"),
+}
+
+
 @contextmanager
 def patched() -> Iterator[None]:
     """Inside the block `F.scaled_dot_product_attention`, `F.softmax` and `F.log_softmax` are mmkern's.
@@ -55,13 +62,11 @@ def patched() -> Iterator[None]:
     with _lock:
         _open.append(block)
         if len(_open) == 1:
-            for name in ("scaled_dot_product_attention", "softmax", "log_softmax"):
-                _saved[name] = getattr(F, name)
             _saved["fastpath"] = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
-            F.scaled_dot_product_attention = mmkern.scaled_dot_product_attention
-            F.softmax = _row_op(mmkern.softmax, "softmax")
-            F.log_softmax = _row_op(mmkern.log_softmax, "log_softmax")
+            for name, function in _REPLACEMENTS.items():
+                _saved[name] = getattr(F, name)
+                setattr(F, name, function)
     try:
         yield
     finally:
