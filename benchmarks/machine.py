@@ -19,12 +19,6 @@ CEILING_SECONDS = 0.15
 SMALLEST_COPY = 1 << 16
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def _commit() -> str | None:
     """Commit of the checkout mmkern is imported from, with "+" where files differ from it; None if installed."""
     folder = Path(mmkern.__file__).parent
@@ -44,7 +38,7 @@ def facts() -> dict[str, Any]:
     mkl = re.search(r"Math Kernel Library Version ([\d.]+)", torch.__config__.show())
     onednn = re.search(r"MKL-DNN v(\S+)", torch.__config__.show())
     return {
-        "processor": _processor(),
+        "processor": _C.processor() if _C else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -79,8 +73,6 @@ class Ceilings:
         bytes moved; None if mmkern._C is not built."""
         if _C is None:
             return None
-        if bound == "bf16_dot" and "avx512_bf16" not in _C.isas():
-            bound = "fma"
         moved = 0 if bound in ("fma", "bf16_dot") else max(SMALLEST_COPY, 1 << (int(size) - 1).bit_length())
         name = f"{bound} {moved >> 10} KiB" if moved else bound
         if name not in self.measured:
@@ -91,5 +83,5 @@ class Ceilings:
         if bound == "fma":
             return _C.fma_gflops(self.seconds)
         if bound == "bf16_dot":
-            return _C.bf16_dot_gflops(self.seconds)
+            return _C.bf16_dot_gflops(self.seconds) or _C.fma_gflops(self.seconds)
         return _C.copy_gbs(moved // 2, self.seconds) if bound == "copy" else _C.read_gbs(moved, self.seconds)
