@@ -206,16 +206,23 @@ def explain(
         raise typer.BadParameter(f"no such dtype: {unknown[0]!r}; choose from {', '.join(every)}")
     cases, _ = _select(ops, "", quick=False, full=False)
     smallest = {c.op: c for c in sorted(cases, key=lambda c: c.flops, reverse=True)}
-    rows = []
+    rows, reasons = [], dict[tuple[str, str], list[str]]()
     for op in dict.fromkeys(c.op for c in cases):
+        cells = []
         for name in wanted or every:
-            problem = smallest[op].build(every[name], "cpu")
-            for choice in mmkern.explain(problem.ours):
-                ran = f"{choice.backend} ({choice.detail})" if choice.detail else choice.backend
-                why = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused.items())
-                rows.append((op, name, choice.op, ran, why))
-    header = ("op", "dtype", "kernel", "runs on", "why not others")
-    _print(_console(), report.Table("backends", header, rows, header))
+            ran = mmkern.explain(smallest[op].build(every[name], "cpu").ours)
+            cells.append(", ".join(f"{c.backend} {c.detail}".strip() for c in ran))
+            for backend, why in (refusal for choice in ran for refusal in choice.refused.items()):
+                reasons.setdefault((backend, why), []).append(f"{op} {name}")
+        rows.append((op, *cells))
+    console, header = _console(), ("op", *(wanted or every))
+    _print(console, report.Table("runs on", header, rows, header))
+    whys = [
+        (backend, why, "all of them" if len(calls) == len(rows) * (len(header) - 1) else ", ".join(calls))
+        for (backend, why), calls in reasons.items()
+    ]
+    header = ("not on", "because", "calls")
+    _print(console, report.Table("why not elsewhere", header, whys, header))
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

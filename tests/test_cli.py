@@ -71,11 +71,13 @@ def test_info_names_the_build():
 
 
 def test_explain_tells_what_runs_and_why_not():
-    result = run(cli.app, ["explain", "rotary", "--dtype", "bf16,float64"])
+    result = run(cli.app, ["explain", "rotary,embed_tokens", "--dtype", "bf16,float64"])
     assert result.exit_code == 0, result.output
-    lines = [line.split() for line in result.output.splitlines() if line.strip().startswith("rotary")]
-    assert [(line[1], line[3]) for line in lines] == [("bfloat16", "cpu"), ("float64", "reference")]
-    assert "not torch.float64" in result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert ["rotary", "cpu", machine.facts()["isa"], "reference"] in lines
+    assert "cpu the CPU kernels take float32, bfloat16 and float16, not torch.float64" in " ".join(sum(lines, []))
+    assert "rotary float64, embed_tokens float64" in result.output
+    assert "rotary bfloat16" not in result.output
 
 
 @pytest.mark.parametrize(
