@@ -1,7 +1,10 @@
-# Everything from a fresh clone: `make test`, `make bench`. Both set up what they need first.
-#   make PYTHON=python3.12 ...     another interpreter for .venv
-#   make PYTHON=... VENV= ...      that interpreter's own environment, no .venv
-#   make bench OPS=softmax         some ops only
+# From a fresh clone, each of these sets up what it needs first:
+#   make test                      every test
+#   make bench                     speed against torch; OPS=softmax for some ops only
+#   make build                     compile what changed
+#   make lint                      ruff, mypy, clang-format; `make format` repairs what it can
+#   make clean                     remove .venv and what was built
+# PYTHON=python3.12 makes .venv with another interpreter; VENV= PYTHON=... uses that interpreter as it is.
 PYTHON ?= python3
 VENV   ?= .venv
 OPS    ?=
@@ -9,11 +12,11 @@ OPS    ?=
 PY    := $(if $(VENV),$(VENV)/bin/$(notdir $(PYTHON)),$(PYTHON))
 BIN   := $(if $(VENV),$(VENV)/bin/)
 STAMP := $(or $(VENV),build)/installed
-CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 
 .PHONY: help test bench build lint format clean
 help:
-	@sed -n 's/^#  *//p' Makefile
+	@sed -n '1,/^$$/s/^# *//p' Makefile
 
 test: build
 	$(PY) -m pytest
@@ -21,7 +24,6 @@ test: build
 bench: build
 	$(PY) -m mmkern.cli bench $(if $(OPS),--ops $(OPS))
 
-# Ninja compiles what changed; prints nothing to do otherwise.
 build: $(STAMP)
 	$(PY) setup.py -q build_ext --inplace
 

@@ -127,3 +127,10 @@ def test_nothing_is_installed_at_top_level_but_mmkern(name, tmp_path):
 
 def test_setup_stays_small():
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 80
+
+
+def test_examples_of_the_readme_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        fresh(block, tmp_path)
