@@ -85,7 +85,7 @@ def attention(
     empty = total == 0
     weights = (weights / torch.where(empty, 1.0, total))[..., :k_len]
     lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)) + top).squeeze(-1)
-    if dropout_p > 0:
+    if dropout_seed is not None:
         keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
     out = _weighted_sum(weights, v, visible).to(query.dtype)

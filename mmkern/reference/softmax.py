@@ -53,7 +53,7 @@ def masked_softmax(
     e = torch.where(scores == -torch.inf, 0.0, torch.exp(scores - torch.where(top == -torch.inf, 0.0, top)))
     total = e.sum(dim, keepdim=True)
     weights = e / torch.where(total == 0, 1.0, total)
-    if dropout_p > 0:
+    if dropout_seed is not None:
         shape = (1,) * max(0, 3 - weights.dim()) + tuple(weights.shape)
         keep = keep_mask(dropout_seed, dropout_p, shape, weights.device).reshape(weights.shape)
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
