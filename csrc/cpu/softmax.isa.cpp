@@ -8,7 +8,9 @@
 // sum together, once for the result.
 #include "cpu/softmax.h"
 
+#include "cpu/mask.h"
 #include "cpu/parallel.h"
+#include "cpu/stream.h"
 #include "cpu/vec.h"
 
 namespace mmkern::MMKERN_ISA {
@@ -28,24 +30,8 @@ inline Vec load_part(const T* p, int n) {
   return n == kLanes ? load(p) : load_n(p, n);
 }
 template <class T>
-inline void store_part(T* p, Vec x, int n) {
-  if (n == kLanes) {
-    store(p, x);
-  } else {
-    store_n(p, x, n);
-  }
-}
-// n elements `stride` apart.
-template <class T>
-inline Vec load_strided(const T* p, int64_t stride, int n) {
-  if (stride == 1) return load_part(p, n);
-  float lanes[kLanes] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i * stride]);
-  return load(lanes);
-}
-template <class T>
 inline void store_strided(T* p, int64_t stride, Vec x, int n) {
-  if (stride == 1) return store_part(p, x, n);
+  if (stride == 1) return store_n(p, x, n);
   float lanes[kLanes];
   store(lanes, x);
   for (int i = 0; i < n; ++i) from_float(lanes[i], p + i * stride);
@@ -106,37 +92,13 @@ class Cursor {
   }
 };
 
-// Adds mask or bias to n scores; minus infinity and false hide an element whatever it holds, NaN
-// included.
-template <class M>
-inline Vec add_bias(Vec score, const void* data, int64_t at, int64_t stride, int n) {
-  const M* p = static_cast<const M*>(data) + at;
-  const Vec bias = stride == 0 ? set1(to_float(*p)) : load_strided(p, stride, n);
-  return select(equal(bias, set1(-kInf)), bias, score + bias);
-}
-inline Vec apply(MaskKind kind, Vec score, const void* data, int64_t at, int64_t stride, int n) {
-  switch (kind) {
-    case MaskKind::none: return score;
-    case MaskKind::f32: return add_bias<float>(score, data, at, stride, n);
-    case MaskKind::bf16: return add_bias<bf16>(score, data, at, stride, n);
-    case MaskKind::f16: return add_bias<f16>(score, data, at, stride, n);
-    case MaskKind::boolean: break;
-  }
-  const uint8_t* p = static_cast<const uint8_t*>(data) + at;
-  uint8_t lanes[kLanes] = {};
-  if (stride != 1) {
-    for (int i = 0; i < n; ++i) lanes[i] = p[i * stride];
-  }
-  const Mask seen = stride == 1 ? load_mask_n(p, n) : load_mask(lanes);
-  return select(seen, score, set1(-kInf));
-}
-
 template <class T>
 class Softmax {
   const SoftmaxArgs& a_;
   const bool log_ = a_.kind == SoftmaxKind::log_softmax, masked_ = a_.kind == SoftmaxKind::masked;
   const T* const x_ = static_cast<const T*>(a_.x.data);
   T* const out_ = static_cast<T*>(a_.out.data);
+  bool stream_ = false;
 
  public:
   explicit Softmax(const SoftmaxArgs& a) : a_(a) {}
@@ -144,6 +106,9 @@ class Softmax {
   void run() {
     int64_t rows = 1;
     for (int d = 0; d < a_.outer_dims; ++d) rows *= a_.outer_sizes[d];
+    // A softmax in place finds its output in the cache.
+    stream_ =
+        rows * a_.inner * a_.cols * int64_t(sizeof(T)) >= kStreamBytes && a_.x.data != a_.out.data;
     // A unit is a row, or as many neighbouring rows as are worked on side by side.
     const int64_t width = a_.inner == 1 ? 1 : kColumnVecs * kLanes;
     const int64_t blocks = (a_.inner + width - 1) / width, units = rows * blocks;
@@ -161,6 +126,7 @@ class Softmax {
         }
         if ((unit + 1) % blocks == 0) at.next();
       }
+      if (stream_) stream_fence();
     });
   }
 
@@ -171,14 +137,17 @@ class Softmax {
     Vec s = load_strided(x_ + at.x + place(a_.x), stride(a_.x), n);
     if (!masked_) return s;
     s = s * set1(a_.scale);
-    s = apply(a_.bias_kind, s, a_.bias.data, at.bias + place(a_.bias), stride(a_.bias), n);
-    return apply(a_.mask_kind, s, a_.mask.data, at.mask + place(a_.mask), stride(a_.mask), n);
+    s = apply_mask(a_.bias_kind, s, a_.bias.data, at.bias + place(a_.bias), stride(a_.bias), n,
+                   1.0f);
+    return apply_mask(a_.mask_kind, s, a_.mask.data, at.mask + place(a_.mask), stride(a_.mask), n,
+                      1.0f);
   }
 
   void row(const Cursor& at) {
     if (!masked_ && a_.x.col == 1 && a_.out.col == 1) {
       if (a_.cols > kCachedCols) return long_row(x_ + at.x, out_ + at.out);
-      return plain_row(x_ + at.x, out_ + at.out);
+      return log_ ? plain_row<true>(x_ + at.x, out_ + at.out)
+                  : plain_row<false>(x_ + at.x, out_ + at.out);
     }
     float* s = static_cast<float*>(thread_scratch((a_.cols + kLanes) * sizeof(float)));
     Vec top = set1(-kInf);
@@ -198,17 +167,20 @@ class Softmax {
     }
     const float total = reduce_add(sum.value());
     const Vec factor = set1(total == 0.0f ? 0.0f : 1.0f / total), log_total = set1(logf(total));
+    const auto result = [&](int64_t j, int) {
+      return log_ ? load(s + j) - log_total : load(s + j) * factor;
+    };
+    if (a_.out.col == 1) return write_row(out_ + at.out, result);
     for (int64_t j = 0; j < a_.cols; j += kLanes) {
-      const Vec v = load(s + j);
-      store_strided(out_ + at.out + j * a_.out.col, a_.out.col, log_ ? v - log_total : v * factor,
-                    lanes_left(a_.cols - j));
+      const int n = lanes_left(a_.cols - j);
+      store_strided(out_ + at.out + j * a_.out.col, a_.out.col, result(j, n), n);
     }
   }
 
-  // Unit strides, no mask: float32 keeps its exponentials in the output itself.
+  // Unit strides, no mask. Exponentials wait in the output itself where that is float32 and cached.
+  template <bool kLog>
   void plain_row(const T* x, T* out) {
-    constexpr bool in_place = sizeof(T) == sizeof(float);
-    float* e = in_place || log_
+    float* e = sizeof(T) == sizeof(float) && !stream_
                    ? reinterpret_cast<float*>(out)
                    : static_cast<float*>(thread_scratch((a_.cols + kLanes) * sizeof(float)));
     const int64_t whole = a_.cols / kLanes * kLanes;
@@ -217,21 +189,39 @@ class Softmax {
     Sum sum;
     for (int64_t j = 0; j < whole; j += kLanes) {
       const Vec v = exp(load(x + j) - shift);
-      if (!log_) store(e + j, v);
+      if (!kLog) store(e + j, v);
       sum.add(v);
     }
     if (left) {
-      const Vec v = select(first_n(left), exp(load_n(x + whole, left) - shift), zero());
-      if (!log_) store_n(e + whole, v, left);
-      sum.add(v);
+      const Vec v = exp(load_n(x + whole, left) - shift);
+      if (!kLog) store_n(e + whole, v, left);
+      sum.add(v, left);
     }
     const float total = reduce_add(sum.value());
-    const Vec factor = set1(1.0f / total), log_total = set1(logf(total));
-    const auto result = [&](int64_t j, int n) {
-      return log_ ? load_part(x + j, n) - shift - log_total : load_part(e + j, n) * factor;
-    };
-    for (int64_t j = 0; j < whole; j += kLanes) store(out + j, result(j, kLanes));
-    if (left) store_n(out + whole, result(whole, left), left);
+    if (kLog) {
+      const Vec log_total = set1(logf(total));
+      write_row(out, [&](int64_t j, int n) { return load_part(x + j, n) - shift - log_total; });
+    } else {
+      const Vec factor = set1(1.0f / total);
+      write_row(out, [&](int64_t j, int n) { return load_part(e + j, n) * factor; });
+    }
+  }
+
+  // Writes result(j, n) for elements j .. j + n of a row, past the caches where it would not stay
+  // there.
+  template <class F>
+  void write_row(T* out, const F& result) const {
+    int64_t j = 0;
+    if (stream_) {
+      while (j < a_.cols && !stream_aligned(out + j)) ++j;
+      const int64_t whole = j + (a_.cols - j) / kLanes * kLanes;
+      for (int64_t i = 0; i < j; i += kLanes) {
+        store_n(out + i, result(i, lanes_left(j - i)), lanes_left(j - i));
+      }
+      for (; j < whole; j += kLanes) stream(out + j, result(j, kLanes));
+    }
+    for (; j + kLanes <= a_.cols; j += kLanes) store(out + j, result(j, kLanes));
+    if (j < a_.cols) store_n(out + j, result(j, int(a_.cols - j)), int(a_.cols - j));
   }
 
   static float row_max(const T* x, int64_t cols) {
@@ -263,11 +253,10 @@ class Softmax {
     }
     // Nothing but minus infinity, or a positive infinity: NaN, as inf - inf is.
     const Vec shift = set1(m), factor = set1(1.0f / total), log_total = set1(logf(total));
-    for (int64_t j = 0; j < a_.cols; j += kLanes) {
-      const int n = lanes_left(a_.cols - j);
+    write_row(out, [&](int64_t j, int n) {
       const Vec difference = load_part(x + j, n) - shift;
-      store_part(out + j, log_ ? difference - log_total : exp(difference) * factor, n);
-    }
+      return log_ ? difference - log_total : exp(difference) * factor;
+    });
   }
 
   // Rows first .. first + n side by side, one a lane.
