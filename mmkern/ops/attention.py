@@ -19,7 +19,7 @@ _ALIGNMENTS = ("upper_left", "lower_right")
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    *lead, heads, q_len, _ = query.shape
+    lead, (heads, q_len) = query.shape[:-3], query.shape[-3:-1]
     out = query.new_empty((*lead, q_len, heads, value.shape[-1])).transpose(-3, -2)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty((*lead, heads, q_len), dtype=dtype)
@@ -119,10 +119,10 @@ def scaled_dot_product_attention(
     if torch._C._is_any_autocast_enabled() and isinstance(query, Tensor):
         device = query.device.type
         if torch.is_autocast_enabled(device):
-            cast = [_autocast(t, torch.get_autocast_dtype(device)) for t in (query, key, value)]
+            query, key, value = (_autocast(t, torch.get_autocast_dtype(device)) for t in (query, key, value))
             with torch.autocast(device, enabled=False):
                 return scaled_dot_product_attention(
-                    *cast, attn_mask, dropout_p, is_causal, scale, enable_gqa, similarity=similarity,
+                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, similarity=similarity,
                     temperature=temperature, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
                     key_lengths=key_lengths, sinks=sinks, causal_alignment=causal_alignment, return_lse=return_lse,
                 )  # fmt: skip

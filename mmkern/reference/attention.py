@@ -86,6 +86,7 @@ def attention(
     weights = (weights / torch.where(empty, 1.0, total))[..., :k_len]
     lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)) + top).squeeze(-1)
     if dropout_p > 0:
+        assert dropout_seed is not None, "dropout needs a seed"
         keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
     out = _weighted_sum(weights, v, visible).to(query.dtype)
