@@ -1,14 +1,15 @@
 """Package map and native extensions; everything else is in pyproject.toml.
 
 csrc/cpu/*.isa.cpp is compiled once per instruction set below, the rest of csrc once; the best set the
-processor has is chosen when mmkern runs. torch is only read for headers and libtorch, never imported, so
-`pip install .` builds against the torch of the environment it installs into.
+processor has is chosen when mmkern runs. torch is read for headers and libtorch, never imported, so `pip install .`
+builds against the torch of its environment. Ninja, in build/, recompiles what changed: source, header or flag.
 """
 
 import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,8 +24,20 @@ AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS = {"baseline": "-march=x86-64-v2", "avx2": AVX2, "avx512": AVX512}
-    ISAS["avx512_bf16"] = f"{AVX512} -mavx512bf16"
+    ISAS = {"baseline": "-march=x86-64-v2", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+FLAGS = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -I{ROOT}/csrc "
+FLAGS += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 warns of its own AVX-512 headers
+FLAGS += "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
+RULES = """
+rule cxx
+ command = {cxx} {flags} $extra -MMD -MF $out.d -c $in -o $out
+ deps = gcc
+ depfile = $out.d
+ description = compile $out
+rule link
+ command = {cxx} -shared $in -L{torch}/lib -ltorch_cpu -lc10 -o $out
+ description = link $out
+"""
 
 
 def find_torch() -> Path:
@@ -32,55 +45,36 @@ def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     found = Path(spec.origin).parent if spec else Path(sysconfig.get_path("purelib"), "torch")
     version = found / "version.py"
-    if not version.exists():
-        sys.exit("mmkern: install torch >= 2.11 first, then `pip install --no-build-isolation .`")
-    have = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", version.read_text())
+    have = re.search(r"'((\d+)\.(\d+)\S*)'", version.read_text() if version.exists() else "")
     if not have or (int(have[2]), int(have[3])) < (2, 11):
-        sys.exit(f"mmkern: needs torch >= 2.11, found {have[1] if have else 'no version'} in {found}")
+        problem = f"found {have[1] if have else 'none'} in {found.parent}"
+        sys.exit(f"mmkern: needs torch >= 2.11 to build, {problem}; install it, then build with --no-build-isolation")
     return found
 
 
 class NinjaBuild(build_ext):
-    """Write one build.ninja per extension and run it: parallel, incremental, flags per instruction set."""
-
     def build_extension(self, ext: Extension) -> None:
-        torch, out = find_torch(), Path(self.build_temp).resolve() / ext.name
-        out.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        cxx, suffix = (
-            os.environ.get("CXX", "g++"),
-            "-undefined dynamic_lookup" if sys.platform == "darwin" else "",
-        )
-        include = [torch / "include", pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc"]
-        flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno -ffp-contract=off "
-        flags += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 warns of its own AVX-512 headers
-        flags += "-DTORCH_TARGET_VERSION=0x020b000000000000 " + " ".join(f"-isystem {p}" for p in include[:3])
-        flags += f" -I{include[3]} -DMMKERN_ISAS='\"{' '.join(ISAS)}\"'"
-        rules = [
-            f"rule cxx\n command = {cxx} -MMD -MF $out.d {flags} $isa -c $in -o $out\n deps = gcc\n depfile = $out.d"
-        ]
-        rules[0] += "\n description = $in $isa"
-        rules += [
-            f"rule link\n command = {cxx} -shared {suffix} $in -L{torch}/lib -ltorch_cpu -lc10 -o $out\n description = $out"
-        ]
-        objects = []
+        torch, cxx = find_torch(), os.environ.get("CXX", "g++")
+        if not shutil.which(cxx.split()[0]):
+            sys.exit(f"mmkern: no C++ compiler `{cxx}`; install g++ >= 11, or name a C++17 compiler in CXX")
+        include = [torch / "include", pybind11.get_include(), sysconfig.get_path("include")]
+        once = {"": " ".join(f"-isystem {path}" for path in include)}
+        per_isa = {f".{isa}": f"{flags} -DMMKERN_ISA={isa}" for isa, flags in ISAS.items()}
+        ninja, objects = RULES.format(cxx=cxx, flags=FLAGS, torch=torch), []
         for source in map(Path, ext.sources):
-            for isa in ISAS if source.name.endswith(".isa.cpp") else [""]:
-                objects.append(out / f"{source.name}.{isa}.o")
-                rules.append(f"build {objects[-1]}: cxx {ROOT / source}")
-                rules.append(f" isa = {ISAS[isa]} -DMMKERN_ISA={isa}" if isa else " isa =")
-        rules.append(f"build {target}: link {' '.join(map(str, objects))}\n")
-        (out / "build.ninja").write_text("\n".join(rules))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            subprocess.run([sys.executable, "-m", "ninja", "-C", str(out)], check=True)
-        except subprocess.CalledProcessError:
-            sys.exit(f"mmkern: compiling failed (see above); a C++17 compiler is needed, tried `{cxx}`")
+            for suffix, extra in (per_isa if source.name.endswith(".isa.cpp") else once).items():
+                objects.append(f"{source.name}{suffix}.o")
+                ninja += f"build {objects[-1]}: cxx {ROOT / source}\n extra = {extra}\n"
+        ninja += f"build {Path(self.get_ext_fullpath(ext.name)).resolve()}: link {' '.join(objects)}\n"
+        out = ROOT / "build" / sysconfig.get_config_var("SOABI") / ext.name  # one for each Python
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "build.ninja").write_text(ninja)
+        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(out)], check=False).returncode:
+            sys.exit(f"mmkern: compiling failed (see above); it needs g++ >= 11 or another C++17 compiler, not `{cxx}`")
 
 
-SOURCES = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
 setup(
-    ext_modules=[Extension("mmkern._C", SOURCES)],
+    ext_modules=[Extension("mmkern._C", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp")))],
     cmdclass={"build_ext": NinjaBuild},
     package_dir={"mmkern.kernels": "kernels", "mmkern.benchmarks": "benchmarks"},
 )

@@ -1,8 +1,29 @@
 #include "cpu/isa.h"
 
-#include <stdexcept>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace mmkern {
+namespace {
+
+#if defined(__x86_64__)
+// Compilers differ on whether __builtin_cpu_supports knows "f16c": leaf 1, ecx, bit 29.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+Isa best_isa() {
+  Isa best = Isa::baseline;
+  for (const Isa isa : kIsas) {
+    if (has_isa(isa)) best = isa;
+  }
+  return best;
+}
+
+}  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -14,34 +35,24 @@ const char* isa_name(Isa isa) {
   return "unknown";
 }
 
-std::vector<Isa> available_isas() {
-  std::vector<Isa> isas{Isa::baseline};
+// Exactly the flags that setup.py compiles each with. __builtin_cpu_supports also asks whether the
+// operating system saves the wide registers.
+bool has_isa(Isa isa) {
+  switch (isa) {
+    case Isa::baseline: return true;
 #if defined(__x86_64__)
-  // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return isas;
-  isas.push_back(Isa::avx2);
-  for (const bool has :
-       {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
-        __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0}) {
-    if (!has) return isas;
-  }
-  isas.push_back(Isa::avx512);
-  if (__builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::avx512_bf16);
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    case Isa::avx512:
+      return has_isa(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16: return has_isa(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
-  return isas;
-}
-
-Isa current_isa = available_isas().back();
-
-void set_isa(Isa isa) {
-  for (const Isa each : available_isas()) {
-    if (each == isa) {
-      current_isa = isa;
-      return;
-    }
+    default: return false;
   }
-  throw std::invalid_argument(std::string("isa: this processor cannot run ") + isa_name(isa));
 }
+
+Isa current_isa = best_isa();
 
 }  // namespace mmkern

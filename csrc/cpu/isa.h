@@ -1,24 +1,27 @@
 // Instruction sets: which this processor has, which one the kernels use now, and how a call reaches
-// the copy of a kernel that was compiled for it.
+// the copy of a kernel that was compiled for it. No standard library here: see parallel.h.
 #pragma once
-
-#include <string>
-#include <vector>
 
 namespace mmkern {
 
 // In rising order; each includes the ones before it.
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
+// Those compiled in.
+#if defined(__x86_64__)
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+#else
+constexpr Isa kIsas[] = {Isa::baseline};
+#endif
+
 // The name used in Python, in build flags and as the C++ namespace: "avx2", ...
 const char* isa_name(Isa isa);
 
-// Those compiled in that this processor and operating system can run, in rising order.
-std::vector<Isa> available_isas();
+// Whether this processor and operating system can run it.
+bool has_isa(Isa isa);
 
-// The one in use: the best available unless set_isa chose another (tests do).
+// The one in use, process-wide: the best there is, until set to another (tests do) that has_isa.
 extern Isa current_isa;
-void set_isa(Isa isa);
 
 }  // namespace mmkern
 

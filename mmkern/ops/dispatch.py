@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
+_C: ModuleType | None
 try:
     from mmkern import _C
 except ImportError as error:  # a checkout without a compiler: every op still runs, through its reference
     _C = None
     _not_built = f"mmkern._C could not be loaded: {error}"
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")  # in the order they are tried
+_DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 _library = torch.library.Library("mmkern", "DEF")
 Refusal = Callable[..., str | None]
 
@@ -52,6 +57,15 @@ class _State:
     forced: str | None = None
     strict: bool = False
     record: list[Choice] | None = None
+    in_use: bool = False  # forced or record is set: one look per call instead of two
+
+    def update(self, **fields: Any) -> dict[str, Any]:
+        """Set fields, and give back what restores them."""
+        before = {name: getattr(self, name) for name in fields}
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self.in_use = self.forced is not None or self.record is not None
+        return before
 
 
 _state = _State()
@@ -82,90 +96,99 @@ class Op:
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mmkern::{self.name}", fake, lib=_library)
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
+        # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
+        types = [str(argument.type) for argument in self._dispatch._schema.arguments]
+        self._tensors = [i for i, name in enumerate(types) if name in ("Tensor", "Optional[Tensor]")]
+        self._cpu_refuses = kernels.get("cpu") if _C else None
 
     def __call__(self, *args: Any) -> Any:
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        kernel = self._choose(tensors[0].device.type, args) if _is_default() else self._choose_forced(tensors, args)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        on_cpu, wants_grad = True, False
+        for i in self._tensors:
+            if (tensor := args[i]) is not None:
+                on_cpu = on_cpu and tensor.is_cpu
+                wants_grad = wants_grad or tensor.requires_grad
+        if on_cpu and self._cpu_refuses is not None and not _state.in_use and not _transformed():
+            # Every call of a default CPU process passes here; what _choose would do, in a third of the time.
+            kernel = self._dispatch if self._cpu_refuses(*args) is None else self.reference
+        else:
+            kernel = self._choose(args)
+        if wants_grad and kernel is self._dispatch and torch.is_grad_enabled():
             if torch.compiler.is_compiling():  # tracing refuses one tensor as two inputs: query is key, say
-                args = tuple(a.view_as(a) if isinstance(a, torch.Tensor) else a for a in args)
-            return _Differentiable.apply(self, kernel, *args)
+                args = tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
+            return _Differentiable.apply(self, *args)
         return kernel(*args)
 
-    def _choose(self, device: str, args: Sequence[Any]) -> Callable[..., Any]:
-        for name in ("cuda", "triton") if device == "cuda" else (device,):
-            if name in self.kernels and self._refusal(name, device, args) is None:
-                return self._dispatch
-        return self.reference
-
-    def _choose_forced(self, tensors: Sequence[torch.Tensor], args: Sequence[Any]) -> Callable[..., Any]:
-        device = tensors[0].device.type
-        refused: dict[str, str] = {}
+    def _choose(self, args: Sequence[Any]) -> Callable[..., Any]:
+        devices = {args[i].device.type for i in self._tensors if args[i] is not None}
+        reasons: dict[str, str] = {}
         for name in BACKENDS[:-1]:
             if _state.forced not in (None, name):
-                refused[name] = f"backend({_state.forced!r}) is in force"
-            elif reason := self._refusal(name, device, args):
-                refused[name] = reason
-            else:
-                break
-        else:
-            name = "reference"
-        if _state.strict and _state.forced not in (None, name):
-            raise RuntimeError(f"{self.name}: backend {_state.forced!r} refused: {refused[str(_state.forced)]}")
+                reasons[name] = f"backend({_state.forced!r}) is in force"
+            elif reason := self._refusal(name, devices, args):
+                reasons[name] = reason
+        ran = next((name for name in BACKENDS if name not in reasons), "reference")
+        if _state.strict and _state.forced not in (None, ran):
+            raise RuntimeError(f"{self.name}: backend {_state.forced!r} refused: {reasons[str(_state.forced)]}")
         if _state.record is not None:
-            detail = _C.isa() if name == "cpu" else ""
-            _state.record.append(Choice(self.name, name, detail, refused))
-        return self.reference if name == "reference" else self._dispatch
+            detail = _C.isa() if ran == "cpu" and _C else ""
+            refused = {name: reasons.get(name, f"{ran} goes first") for name in BACKENDS[:-1] if name != ran}
+            _state.record.append(Choice(self.name, ran, detail, refused))
+        return self.reference if ran == "reference" else self._dispatch
 
-    def _refusal(self, name: str, device: str, args: Sequence[Any]) -> str | None:
+    def _refusal(self, name: str, devices: set[str], args: Sequence[Any]) -> str | None:
         if name not in self.kernels:
             return "no kernel for this op"
-        if device != ("cpu" if name == "cpu" else "cuda"):
-            return f"tensors are on {device}"
+        if devices != {_DEVICE[name]}:
+            return f"tensors are on {' and '.join(sorted(devices))}"
         if name == "cpu" and _C is None:
             return _not_built
+        if _transformed():
+            return "inside forward-mode AD or a torch.func transform"
         return self.kernels[name](*args)
 
 
-def _is_default() -> bool:
-    return _state.forced is None and _state.record is None
+def _transformed() -> bool:
+    """Whether forward-mode AD or a torch.func transform is on: these act on torch's own ops, so on the reference."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class _Differentiable(torch.autograd.Function):
-    """Forward by `kernel`, gradients by differentiating the reference formula, recomputed in backward."""
+    """Forward by the kernel, gradients by differentiating the reference formula, recomputed in backward."""
 
     @staticmethod
-    def forward(op: Op, kernel: Callable[..., Any], *args: Any) -> Any:
-        return kernel(*args)
+    def forward(op: Op, *args: Any) -> Any:
+        return op._dispatch(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        op, _, *args = inputs
+        op, *args = inputs
         ctx.op = op
-        ctx.where = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
-        ctx.rest = [None if isinstance(a, torch.Tensor) else a for a in args]
+        ctx.where = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        ctx.rest = [None if isinstance(a, Tensor) else a for a in args]
         ctx.save_for_backward(*(args[i] for i in ctx.where))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         args = list(ctx.rest)
         for i, t in zip(ctx.where, ctx.saved_tensors, strict=True):
             args[i] = t
-        wanted = [i for i in ctx.where if ctx.needs_input_grad[i + 2]]
+        wanted = [i for i in ctx.where if ctx.needs_input_grad[i + 1]]
 
-        def formula(*leaves: torch.Tensor) -> Any:
+        def formula(*leaves: Tensor) -> Any:
             for i, leaf in zip(wanted, leaves, strict=True):
                 args[i] = leaf
             return ctx.op.reference(*args)
 
-        _, pullback = torch.func.vjp(formula, *(args[i] for i in wanted))
+        pullback = torch.func.vjp(formula, *(args[i] for i in wanted))[1]
         found = dict(zip(wanted, pullback(grads if len(grads) > 1 else grads[0]), strict=True))
-        return None, None, *(found.get(i) for i in range(len(args)))
+        return None, *(found.get(i) for i in range(len(args)))
 
 
 @contextmanager
 def backend(name: str, *, strict: bool = False, isa: str | None = None) -> Iterator[None]:
-    """Force ops onto one backend within a `with` block, process-wide.
+    """Force ops onto one backend within a `with` block.
+
+    Process-wide, like torch's own backend flags: calls of other threads are forced too while the block runs.
 
     Args:
         name: "cpu", "cuda", "triton" or "reference".
@@ -185,16 +208,16 @@ def backend(name: str, *, strict: bool = False, isa: str | None = None) -> Itera
         raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if isa is not None and (name != "cpu" or _C is None):
         raise ValueError(f"isa: only for the built 'cpu' backend, got isa={isa!r} with name={name!r}")
-    before = (_state.forced, _state.strict, _C.isa() if _C else None)
-    if isa is not None:
+    isa_before = _C.isa() if _C else None
+    if _C and isa is not None:
         _C.set_isa(isa)
-    _state.forced, _state.strict = name, strict
+    before = _state.update(forced=name, strict=strict)
     try:
         yield
     finally:
-        _state.forced, _state.strict = before[:2]
-        if isa is not None:
-            _C.set_isa(before[2])
+        _state.update(**before)
+        if _C and isa is not None:
+            _C.set_isa(isa_before)
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
@@ -207,9 +230,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
         >>> print(mmkern.explain(mmkern.softmax, torch.zeros(2, dtype=torch.float64), dim=0)[0].backend)
         reference
     """
-    before, _state.record = _state.record, []
+    record: list[Choice] = []
+    before = _state.update(record=record)
     try:
         fn(*args, **kwargs)
-        return _state.record
     finally:
-        _state.record = before
+        _state.update(**before)
+    if _state.record is not None:  # inside another explain, which is told of these calls too
+        _state.record.extend(record)
+    return record

@@ -1,0 +1,129 @@
+"""The shape of the project: which files an op has, which way imports point, what `import mmkern` may do."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmkern
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = sorted(p.stem for p in (ROOT / "mmkern/ops").glob("*.py") if p.stem not in ("__init__", "dispatch"))
+NOT_TIMED = {"alibi_slopes"}  # a few numbers a model
+# layer -> what it may import of mmkern; the standard library and torch are open to all
+ARROWS = {
+    "mmkern/reference": {"mmkern.reference"},
+    "mmkern/ops": {"mmkern.ops", "mmkern.reference", "mmkern._C"},
+    "mmkern/integrations": {"mmkern", "mmkern.ops", "mmkern.integrations"},
+    "kernels": {"mmkern.kernels"},
+}
+C_HEADERS = {"cmath", "cstddef", "cstdint", "cstring", "immintrin.h", "arm_neon.h"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules a file imports, anywhere in it; `from mmkern import x` counts as mmkern.x where that is a module."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {m if is_module(m) else str(node.module) for m in modules}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return name == "mmkern._C" or path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def fresh(script: str, cwd: Path) -> str:
+    """What a script prints in a new interpreter that runs elsewhere than in the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_op_has_a_file_in_every_layer(family):
+    for path in (f"mmkern/reference/{family}.py", f"tests/test_{family}.py"):
+        assert (ROOT / path).exists(), path
+
+
+def test_each_public_op_is_benchmarked():
+    timed = "".join(p.read_text() for p in (ROOT / "benchmarks").glob("bench_*.py"))
+    ops = [name for name in mmkern.__all__ if getattr(mmkern, name).__module__.split(".")[-1] in FAMILIES]
+    assert {"softmax", "scaled_dot_product_attention"} <= set(ops)
+    assert [op for op in ops if op not in NOT_TIMED and not re.search(rf"mmkern\.{op}\b", timed)] == []
+
+
+@pytest.mark.parametrize("layer", ARROWS)
+def test_arrows_point_one_way(layer):
+    for path in (ROOT / layer).rglob("*.py"):
+        for module in imports(path):
+            if module.split(".")[0] == "mmkern":
+                allowed = any(module == a or (a != "mmkern" and module.startswith(a + ".")) for a in ARROWS[layer])
+                assert allowed, f"{path} imports {module}"
+            assert module.split(".")[0] not in ("kernels", "benchmarks", "tests"), f"{path} imports {module}"
+
+
+def test_backends_do_not_import_one_another_and_ops_import_kernels_lazily():
+    for path in (ROOT / "mmkern").rglob("*.py"):
+        top = {n.module for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom)}
+        assert not any(str(m).startswith(("mmkern.kernels", "triton")) for m in top), path
+    for source in [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc").glob("cuda/*")]:
+        other = "cuda/" if "csrc/cpu" in str(source) else "cpu/"
+        assert f'#include "{other}' not in source.read_text(), source
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cpu").glob("*.isa.cpp")), ids=lambda p: p.name)
+def test_code_of_one_instruction_set_includes_no_templates_of_others(source):
+    """A template of the standard library or of torch instantiated there could be linked into older processors' code."""
+    todo, seen = [source], {source}
+    while todo:
+        for quote, name in re.findall(r'#include ([<"])([^>"]+)', todo.pop().read_text()):
+            if quote == "<":
+                assert name in C_HEADERS, f"{source.name} includes <{name}>, through {sorted(p.name for p in seen)}"
+            elif (path := ROOT / "csrc" / name) not in seen:
+                seen.add(path)
+                todo.append(path)
+
+
+def test_import_needs_torch_alone_and_starts_nothing(tmp_path):
+    script = """
+import os, sys, threading
+import torch
+threads = lambda: (threading.active_count(), len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self") else 0)
+before, running = set(sys.modules), threads()
+sdpa, softmax = torch.nn.functional.scaled_dot_product_attention, torch.softmax
+import mmkern
+assert threads() == running, "import mmkern started a thread"
+assert (torch.nn.functional.scaled_dot_product_attention, torch.softmax) == (sdpa, softmax), "patched torch"
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+"""
+    assert fresh(script, tmp_path) == "mmkern"
+
+
+def test_no_environment_variables_of_our_own():
+    for path in [*(ROOT / "mmkern").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        assert not re.search(r"\bos\.(environ|getenv)|from os import .*(environ|getenv)", path.read_text()), path
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert "getenv" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("name", ["kernels", "benchmarks", "tests", "csrc"])
+def test_nothing_is_installed_at_top_level_but_mmkern(name, tmp_path):
+    assert fresh(f"import importlib.util as u; print(u.find_spec({name!r}))", tmp_path) == "None"
+    assert (
+        fresh("import mmkern.kernels, mmkern.benchmarks; print(mmkern.kernels.__name__)", tmp_path) == "mmkern.kernels"
+    )
+
+
+def test_setup_stays_small():
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 80
