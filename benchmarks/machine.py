@@ -81,6 +81,7 @@ class Ceilings:
         return self.measured[name]
 
     def _measure(self, bound: str, moved: int) -> float:
+        assert _C is not None  # `of` has looked
         if bound == "fma":
             return _C.fma_gflops(self.seconds)
         if bound == "bf16_dot":

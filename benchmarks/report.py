@@ -15,12 +15,12 @@ SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 LOADED = 0.5  # one-minute load average above which a quiet machine is not assumed
 CEILING_NAMES = {"fma": "FMA", "bf16_dot": "bf16 dot", "copy": "copy", "read": "read"}
 HOW = (
-    "Each case is first held against float64; one that fails shows no time. Times are medians. A speedup is the "
-    "median over rounds of torch's time / mmkern's time, both sides timed right after one another in alternating "
-    "order, against the fastest of torch's ways to compute the same thing; in brackets its 95% bootstrap interval. "
-    "The last column is the share of what this machine reaches in the same run: multiply-adds or bf16 dot products "
-    "for attention, copy bandwidth (read bandwidth for decode) at the case's own size for the rest. Max error is "
-    "the largest difference from float64, torch's own behind it."
+    "Each case is first held against torch in float64; one that fails shows no time. Times are medians. A speedup "
+    "is the median over rounds of torch's time / mmkern's time, both sides timed right after one another in "
+    "alternating order, against the fastest of torch's ways to compute the same thing (the last column); in "
+    "brackets its 95% bootstrap interval. Of peak is the share of what this machine reached in the same run: "
+    "multiply-adds or bf16 dot products for attention, copy bandwidth (for decode: read bandwidth) at the case's own "
+    "size for the rest. Max error is the largest difference from float64, torch's own behind it."
 )
 
 
