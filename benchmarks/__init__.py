@@ -1,0 +1,1 @@
+"""How fast mmkern is on this machine, and whether it is right: cases, measuring, reports."""

@@ -2,7 +2,21 @@
 
 from mmkern.ops.attention import scaled_dot_product_attention
 from mmkern.ops.dispatch import Choice, backend, explain
-from mmkern.ops.softmax import softmax
+from mmkern.ops.position import add_positional_encoding, embed_tokens
+from mmkern.ops.rotary import alibi_slopes, rotary
+from mmkern.ops.softmax import log_softmax, masked_softmax, softmax
 
 __version__ = "0.1.0"
-__all__ = ["Choice", "backend", "explain", "scaled_dot_product_attention", "softmax"]
+__all__ = [
+    "Choice",
+    "add_positional_encoding",
+    "alibi_slopes",
+    "backend",
+    "embed_tokens",
+    "explain",
+    "log_softmax",
+    "masked_softmax",
+    "rotary",
+    "scaled_dot_product_attention",
+    "softmax",
+]

@@ -11,8 +11,8 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Keys per split and query rows up to which keys are split: below, a (batch, head) alone would keep one
-// thread busy and the others idle.
+// Keys per split and query rows up to which keys are split: below, a (batch, head) alone would keep
+// one thread busy and the others idle.
 constexpr int64_t kSplitKeys = 1024, kSplitRows = 16;
 
 // Offset of each batch, in elements: the leading dims but the head, in row-major order.
@@ -74,7 +74,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
   a.k_len = key.size(dims - 2);
   a.head_dim = query.size(dims - 1);
   a.value_dim = value.size(dims - 1);
-  // Memory (batch..., q_len, heads, value_dim), so that merging the heads afterwards copies nothing.
+  // Memory (batch..., q_len, heads, value_dim), so that merging the heads afterwards copies
+  // nothing.
   out_sizes.insert(out_sizes.end(), {a.q_len, a.heads, a.value_dim});
   lse_sizes.insert(lse_sizes.end(), {a.heads, a.q_len});
   Tensor out = torch::stable::empty(out_sizes, query.scalar_type());
@@ -82,7 +83,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
   Tensor lse = torch::stable::empty(lse_sizes, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
 
-  const View q(with_unit_columns(query)), k(with_unit_columns(key)), v(with_unit_columns(value)), o(out);
+  const View q(with_unit_columns(query)), k(with_unit_columns(key)), v(with_unit_columns(value)),
+      o(out);
   a.q = q.operand();
   a.k = k.operand();
   a.v = v.operand();
@@ -92,12 +94,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
   if (attn_mask) {
     mask.emplace(*attn_mask);
     a.mask = mask->operand();
-    const bool boolean = attn_mask->scalar_type() == ScalarType::Bool;
-    const Dtype type = boolean ? Dtype::f32 : dtype_of(*attn_mask, "attn_mask");
-    a.mask_kind = boolean               ? MaskKind::boolean
-                  : type == Dtype::f32  ? MaskKind::f32
-                  : type == Dtype::bf16 ? MaskKind::bf16
-                                        : MaskKind::f16;
+    a.mask_kind = mask_kind_of(*attn_mask, "attn_mask");
   }
   a.is_causal = is_causal;
   a.scale = float(scale);

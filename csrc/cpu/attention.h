@@ -10,10 +10,9 @@ namespace mmkern {
 
 // The numbers are those of mmkern.reference.attention.Similarity.
 enum class Similarity { dot, cosine, euclidean, squared_euclidean };
-enum class MaskKind { none, boolean, f32, bf16, f16 };
 
-// One of query, key, value, mask, out: any number of leading dims gives one offset per batch, so that
-// broadcast and permuted batches need no copy; within a batch, (head, row, column) strides.
+// One of query, key, value, mask, out: any number of leading dims gives one offset per batch, so
+// that broadcast and permuted batches need no copy; within a batch, (head, row, column) strides.
 struct Operand {
   void* data;
   const int64_t* batch;
@@ -30,7 +29,7 @@ struct AttentionArgs {
   bool is_causal;
   float scale;
   Similarity similarity;
-  const float* temperature;  // [heads] or null
+  const float* temperature;           // [heads] or null
   int64_t window_left, window_right;  // -1: unbounded
   float softcap;                      // 0: off
   const float* alibi_slopes;          // [batch][heads] or null
@@ -39,8 +38,8 @@ struct AttentionArgs {
   bool causal_lower_right;
 };
 
-// Keys are split for parallelism where there are few query rows (rows = heads / kv_heads * q_len). The split
-// depends on the shape alone, so results do not change with the number of threads.
+// Keys are split for parallelism where there are few query rows (rows = heads / kv_heads * q_len).
+// The split depends on the shape alone, so results do not change with the number of threads.
 // `partials`: [batch * kv_heads][splits][rows][value_dim + 2] floats, unused where splits == 1.
 struct AttentionCall {
   const AttentionArgs* args;

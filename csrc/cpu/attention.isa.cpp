@@ -1,13 +1,16 @@
-// Attention forward: out = softmax(scores) @ value without ever holding a row of scores longer than kKeys.
+// Attention forward: out = softmax(scores) @ value without ever holding a row of scores longer than
+// kKeys.
 //
-//   score = similarity(q, k) * scale * temperature, soft-capped, plus ALiBi, plus mask; then for every block of
-//   keys: m' = max(m, block max), p = 2^(score - m'), l = l * 2^(m - m') + sum p, o = o * 2^(m - m') + p @ v
-//   and at the end out = o / l, lse = m + log l. Scores are in units of log2 from the start.
+//   score = similarity(q, k) * scale * temperature, soft-capped, plus ALiBi, plus mask; then for
+//   every block of keys: m' = max(m, block max), p = 2^(score - m'), l = l * 2^(m - m') + sum p, o
+//   = o * 2^(m - m') + p @ v and at the end out = o / l, lse = m + log l. Scores are in units of
+//   log2 from the start.
 //
-// A task is one (batch, key head) and a chunk of its query rows, the rows of all query heads that share the key
-// head side by side. For each block of keys it packs keys and values once (one read, one write, in L2) and
-// uses them for all its rows. Work per key and value element and row: two multiply-adds, 2 / kLanes
-// instructions; the softmax adds about 12 instructions per kLanes scores, which is 12 / (2 * head_dim).
+// A task is one (batch, key head) and a chunk of its query rows, the rows of all query heads that
+// share the key head side by side. For each block of keys it packs keys and values once (one read,
+// one write, in L2) and uses them for all its rows. Work per key and value element and row: two
+// multiply-adds, 2 / kLanes instructions; the softmax adds about 12 instructions per kLanes scores,
+// which is 12 / (2 * head_dim).
 #include "cpu/attention.h"
 
 #include "cpu/attention_tiles.h"
@@ -28,14 +31,14 @@ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // What a query row needs beside its elements. Keys [lo, hi) are visible, as far as the mask allows.
 struct Row {
-  int64_t head, index;   // which query: head and position
+  int64_t head, index;  // which query: head and position
   int64_t lo, hi;
-  float factor;          // score = similarity * factor, in log2 units unless soft-capped
-  float norm;            // squared length of the query
-  float slope;           // ALiBi, log2 units
-  int64_t position;      // of the query on the key axis
-  const uint8_t* mask;   // first element of its row, in bytes, or null
-  float m, l;            // running maximum and sum
+  float factor;         // score = similarity * factor, in log2 units unless soft-capped
+  float norm;           // squared length of the query
+  float slope;          // ALiBi, log2 units
+  int64_t position;     // of the query on the key axis
+  const uint8_t* mask;  // first element of its row, in bytes, or null
+  float m, l;           // running maximum and sum
 };
 
 // Bump allocation inside one thread's scratch; called once with null to measure.
@@ -79,7 +82,8 @@ struct Buffers {
 template <bool kNear, class T>
 void fetch_rows(const T* rows, int64_t row, int64_t n, int64_t dim) {
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + i * row + d, 0, kNear ? 3 : 2);
+    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(rows + i * row + d, 0, kNear ? 3 : 2);
   }
 }
 
@@ -122,8 +126,10 @@ inline Vec tanh(Vec x) {
   return select(less(x, zero()), zero() - y, y);
 }
 
-float word_element(const float* words, int64_t stride, int64_t d) { return words[d * stride]; }
-float word_element(const uint32_t* words, int64_t stride, int64_t d) {
+[[maybe_unused]] float word_element(const float* words, int64_t stride, int64_t d) {
+  return words[d * stride];
+}
+[[maybe_unused]] float word_element(const uint32_t* words, int64_t stride, int64_t d) {
   return to_float(bf16{uint16_t(words[d / 2 * stride] >> (d % 2 * 16))});
 }
 
@@ -184,7 +190,8 @@ struct DirectScoreTile {
   }
 };
 
-// One call of the kernel for a storage type T and a way of multiplying. Unpacked reading (direct_) needs F32Dot.
+// One call of the kernel for a storage type T and a way of multiplying. Unpacked reading (direct_)
+// needs F32Dot.
 template <class T, class Dot>
 class Attention {
   using Word = typename Dot::Word;
@@ -200,13 +207,13 @@ class Attention {
   const bool distance_ = a_.similarity >= Similarity::euclidean;
   const bool masked_ = a_.mask_kind != MaskKind::none;
   // Whether a tile may hold keys that some of its rows must not see.
-  const bool hides_ = masked_ || (a_.q_len > 1 && (a_.is_causal || a_.window_left >= 0 || a_.window_right >= 0));
+  const bool hides_ =
+      masked_ || (a_.q_len > 1 && (a_.is_causal || a_.window_left >= 0 || a_.window_right >= 0));
   const bool direct_;
   int64_t chunk_, chunks_;
 
  public:
-  Attention(const AttentionCall& call, bool direct)
-      : a_(*call.args), call_(call), direct_(direct) {
+  Attention(const AttentionCall& call, bool direct) : a_(*call.args), call_(call), direct_(direct) {
     const int64_t blocks = (rows_ + kBlockRows - 1) / kBlockRows;
     // Four tasks a thread balance the load; which rows share a task changes no result.
     const int64_t want = 4 * num_threads() / (a_.batch * a_.kv_heads * call.splits) + 1;
@@ -217,7 +224,8 @@ class Attention {
   void run() {
     const int64_t units = a_.batch * a_.kv_heads * call_.splits, tasks = units * chunks_;
     const auto task = [this, units](int64_t i) { run_task(i % units, chunks_ - 1 - i / units); };
-    const double flops = 2.0 * a_.batch * a_.heads * a_.q_len * a_.k_len * (a_.head_dim + a_.value_dim);
+    const double flops =
+        2.0 * a_.batch * a_.heads * a_.q_len * a_.k_len * (a_.head_dim + a_.value_dim);
     if (flops < 1e6) {  // about 10 microseconds on one core: threads cost as much
       for (int64_t i = 0; i < tasks; ++i) task(i);
     } else {
@@ -257,7 +265,8 @@ class Attention {
   }
 
   const T* query(int64_t batch, const Row& r) const {
-    return static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + r.head * a_.q.head + r.index * a_.q.row;
+    return static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + r.head * a_.q.head +
+           r.index * a_.q.row;
   }
   int64_t mask_bytes() const {
     return a_.mask_kind == MaskKind::boolean ? 1 : a_.mask_kind == MaskKind::f32 ? 4 : 2;
@@ -274,8 +283,10 @@ class Attention {
     const T* values = static_cast<const T*>(a_.v.data) + a_.v.batch[batch] + kv_head * a_.v.head;
     // Rows of a transposed projection lie far apart: ask for all before the first is waited for.
     for (int64_t h = 0; h < group_; ++h) {
-      const T* q = static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + (kv_head * group_ + h) * a_.q.head;
-      fetch_rows<true>(q + first / group_ * a_.q.row, a_.q.row, (n + group_ - 1) / group_, a_.head_dim);
+      const T* q =
+          static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + (kv_head * group_ + h) * a_.q.head;
+      fetch_rows<true>(q + first / group_ * a_.q.row, a_.q.row, (n + group_ - 1) / group_,
+                       a_.head_dim);
     }
     if (!direct_ && n == rows_) {  // one chunk: its first block of keys starts at or near 0
       fetch_rows<true>(keys, a_.k.row, smaller(keys_, a_.k_len), a_.head_dim);
@@ -303,7 +314,8 @@ class Attention {
       if (cosine_ || distance_) {
         for (int64_t i = 0; i < count; ++i) {
           const T* row = k + i * a_.k.row;
-          b.key_norms[i] = cosine_ ? reciprocal_norm(row, a_.head_dim) : squared_norm(row, a_.head_dim);
+          b.key_norms[i] =
+              cosine_ ? reciprocal_norm(row, a_.head_dim) : squared_norm(row, a_.head_dim);
         }
       }
       bool direct = direct_;
@@ -317,8 +329,10 @@ class Attention {
       const int64_t next = smaller(keys_, hi - j - count), share = (next * kBlockRows + n - 1) / n;
       for (int64_t i = 0; i < n; i += kBlockRows) {
         const int64_t from = count + i / kBlockRows * share;
-        fetch_rows<false>(k + from * a_.k.row, a_.k.row, smaller(share, count + next - from), a_.head_dim);
-        fetch_rows<false>(v + from * a_.v.row, a_.v.row, smaller(share, count + next - from), a_.value_dim);
+        fetch_rows<false>(k + from * a_.k.row, a_.k.row, smaller(share, count + next - from),
+                          a_.head_dim);
+        fetch_rows<false>(v + from * a_.v.row, a_.v.row, smaller(share, count + next - from),
+                          a_.value_dim);
         run_block(b, i, smaller(kBlockRows, n - i), j, count, k, v, direct, bads);
       }
     }
@@ -335,8 +349,8 @@ class Attention {
   }
 
   // Rows [first, first + n) of the task against keys [j, j + count).
-  void run_block(const Buffers<Dot>& b, int64_t first, int64_t n, int64_t j, int64_t count, const T* k,
-                 const T* v, bool direct, int64_t bads) {
+  void run_block(const Buffers<Dot>& b, int64_t first, int64_t n, int64_t j, int64_t count,
+                 const T* k, const T* v, bool direct, int64_t bads) {
     struct Range {
       int64_t lo, hi;
     } range[kBlockRows / kTileRows];
@@ -379,8 +393,9 @@ class Attention {
       const int64_t row = t * kTileRows, rows = smaller(kTileRows, n - row);
       float rescale[kTileRows];
       for (int64_t i = 0; i < rows; ++i) {
-        rescale[i] = softmax_row(b, b.rows[first + row + i], b.q + (first + row + i) * words_,
-                                 b.scores + (row + i) * keys_, b.p + (row + i) * keys_ / kPer, lo, hi, j);
+        rescale[i] =
+            softmax_row(b, b.rows[first + row + i], b.q + (first + row + i) * words_,
+                        b.scores + (row + i) * keys_, b.p + (row + i) * keys_ / kPer, lo, hi, j);
       }
       const Word* p = b.p + row * keys_ / kPer + lo / kPer;
       float* o = b.o + (first + row) * padded_;
@@ -390,13 +405,14 @@ class Attention {
         if (direct) {
           if constexpr (kPer == 1) {
             with_tile(int(rows), int(vecs),
-                      ValueTile<StoredDot<T>, T>{p, keys_, v + lo * a_.v.row + column, a_.v.row, hi - lo,
-                                                 rescale, o + column, padded_});
+                      ValueTile<StoredDot<T>, T>{p, keys_, v + lo * a_.v.row + column, a_.v.row,
+                                                 hi - lo, rescale, o + column, padded_});
           }
         } else {
-          with_tile(int(rows), int(vecs),
-                    ValueTile<Dot, Word>{p, keys_ / kPer, b.v + lo / kPer * padded_ + column, padded_,
-                                         (hi - lo + kPer - 1) / kPer, rescale, o + column, padded_});
+          with_tile(
+              int(rows), int(vecs),
+              ValueTile<Dot, Word>{p, keys_ / kPer, b.v + lo / kPer * padded_ + column, padded_,
+                                   (hi - lo + kPer - 1) / kPer, rescale, o + column, padded_});
         }
         column += vecs * kLanes;
         left -= vecs;
@@ -408,7 +424,8 @@ class Attention {
     }
   }
 
-  // A value row with a NaN or an infinity was packed as zeros: add it to just the rows that see its key.
+  // A value row with a NaN or an infinity was packed as zeros: add it to just the rows that see its
+  // key.
   void add_bad_value(const Word* p, int64_t rows, int64_t key, const T* value, float* o) {
     for (int64_t i = 0; i < rows; ++i) {
       const float weight = word_element(p + i * keys_ / kPer, 1, key);
@@ -417,14 +434,14 @@ class Attention {
     }
   }
 
-  // Scores [lo, hi) of one row -> weights, in place for float32; the rest of the last vector gets weight 0.
-  // Returns the factor by which what the row has summed so far shrinks.
-  float softmax_row(const Buffers<Dot>& b, Row& r, const Word* q, float* s, Word* p, int64_t lo, int64_t hi,
-                    int64_t j) {
+  // Scores [lo, hi) of one row -> weights, in place for float32; the rest of the last vector gets
+  // weight 0. Returns the factor by which what the row has summed so far shrinks.
+  float softmax_row(const Buffers<Dot>& b, Row& r, const Word* q, float* s, Word* p, int64_t lo,
+                    int64_t hi, int64_t j) {
     const int64_t end = round_up(hi, kLanes);
     float factor = r.factor;
-    const bool plain = !cosine_ && !distance_ && !masked_ && a_.softcap == 0.0f && !a_.alibi_slopes &&
-                       factor > 0.0f && factor < kInf;
+    const bool plain = !cosine_ && !distance_ && !masked_ && a_.softcap == 0.0f &&
+                       !a_.alibi_slopes && factor > 0.0f && factor < kInf;
     if (!plain) {
       transform_row(b, r, q, s, lo, end, j);
       factor = 1.0f;
@@ -441,7 +458,9 @@ class Attention {
     const float top = reduce_max(max(top0, top1)) * factor;
     const float m = top > r.m ? top : r.m;
     const float shift = m == -kInf ? 0.0f : m;  // nothing visible yet: weights 2^-inf = 0
-    const float rescale = r.m == -kInf ? 0.0f : r.m == m ? 1.0f : first_lane(exp2(set1(r.m - shift)));
+    const float rescale = r.m == -kInf ? 0.0f
+                          : r.m == m   ? 1.0f
+                                       : first_lane(exp2(set1(r.m - shift)));
     r.m = m;
 
     Vec sum = zero();
@@ -469,8 +488,8 @@ class Attention {
   }
 
   // Similarity, temperature, soft cap, ALiBi and mask: dot products -> scores in log2 units.
-  void transform_row(const Buffers<Dot>& b, const Row& r, const Word* q, float* s, int64_t lo, int64_t end,
-                     int64_t j) {
+  void transform_row(const Buffers<Dot>& b, const Row& r, const Word* q, float* s, int64_t lo,
+                     int64_t end, int64_t j) {
     if (distance_) {
       measure_distances(b, r, q, s, lo, end);
     } else if (cosine_) {
@@ -495,10 +514,12 @@ class Attention {
       case MaskKind::none: break;
       case MaskKind::boolean: mask_row(r.mask + j * a_.mask.col, s, lo, smaller(end, left)); break;
       case MaskKind::f32:
-        bias_row(reinterpret_cast<const float*>(r.mask) + j * a_.mask.col, s, lo, smaller(end, left));
+        bias_row(reinterpret_cast<const float*>(r.mask) + j * a_.mask.col, s, lo,
+                 smaller(end, left));
         break;
       case MaskKind::bf16:
-        bias_row(reinterpret_cast<const bf16*>(r.mask) + j * a_.mask.col, s, lo, smaller(end, left));
+        bias_row(reinterpret_cast<const bf16*>(r.mask) + j * a_.mask.col, s, lo,
+                 smaller(end, left));
         break;
       case MaskKind::f16:
         bias_row(reinterpret_cast<const f16*>(r.mask) + j * a_.mask.col, s, lo, smaller(end, left));
@@ -531,7 +552,8 @@ class Attention {
         bias = load_n(mask + i, n);
       } else {
         float lanes[kLanes];
-        for (int l = 0; l < kLanes; ++l) lanes[l] = l < n ? to_float(mask[(i + l) * a_.mask.col]) : 0.0f;
+        for (int l = 0; l < kLanes; ++l)
+          lanes[l] = l < n ? to_float(mask[(i + l) * a_.mask.col]) : 0.0f;
         bias = load(lanes);
       }
       const Mask hidden = equal(bias, set1(-kInf));
@@ -539,7 +561,8 @@ class Attention {
     }
   }
 
-  // |q - k|^2 = |q|^2 + |k|^2 - 2 q.k, except where that loses more than 4 bits: there, element by element.
+  // |q - k|^2 = |q|^2 + |k|^2 - 2 q.k, except where that loses more than 4 bits: there, element by
+  // element.
   void measure_distances(const Buffers<Dot>& b, const Row& r, const Word* q, float* s, int64_t lo,
                          int64_t end) {
     for (int64_t i = lo; i < end; i += kLanes) {
@@ -585,7 +608,8 @@ class Attention {
       memset(o, 0, padded_ * sizeof(float));
       for (int64_t split = 0; split < call_.splits; ++split) {
         const float* from = partial(unit, split, i);
-        const float m = from[a_.value_dim], top = m > r.m ? m : r.m, shift = top == -kInf ? 0.0f : top;
+        const float m = from[a_.value_dim], top = m > r.m ? m : r.m,
+                    shift = top == -kInf ? 0.0f : top;
         const float mine = exp2f(r.m - shift), its = exp2f(m - shift);
         for (int64_t d = 0; d < a_.value_dim; ++d) o[d] = o[d] * mine + from[d] * its;
         r.l = r.l * mine + from[a_.value_dim + 1] * its;
@@ -611,7 +635,8 @@ class Attention {
   }
 
   void write(int64_t batch, const Row& r, const float* o, float factor) {
-    T* out = static_cast<T*>(a_.out.data) + a_.out.batch[batch] + r.head * a_.out.head + r.index * a_.out.row;
+    T* out = static_cast<T*>(a_.out.data) + a_.out.batch[batch] + r.head * a_.out.head +
+             r.index * a_.out.row;
     for (int64_t d = 0; d < a_.value_dim; d += kLanes) {
       store_n(out + d, load(o + d) * set1(factor), int(smaller(a_.value_dim - d, kLanes)));
     }

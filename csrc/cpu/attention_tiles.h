@@ -1,9 +1,9 @@
-// Register tiles of the attention kernel: outer products of a few rows with a few vectors of columns, and the
-// packing that lays keys and values out for them.
+// Register tiles of the attention kernel: outer products of a few rows with a few vectors of
+// columns, and the packing that lays keys and values out for them.
 //
-// Floor: each fused multiply-add instruction does kLanes products, one instruction a cycle. kTileRows x
-// kTileVecs accumulators hide its latency of 4 and need kTileVecs + kTileRows loads per kTileRows * kTileVecs
-// instructions, so loads (one or two a cycle) never bound.
+// Floor: each fused multiply-add instruction does kLanes products, one instruction a cycle.
+// kTileRows x kTileVecs accumulators hide its latency of 4 and need kTileVecs + kTileRows loads per
+// kTileRows * kTileVecs instructions, so loads (one or two a cycle) never bound.
 #pragma once
 
 #include "cpu/vec.h"
@@ -12,9 +12,11 @@ namespace mmkern::MMKERN_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVecs = 4;  // 24 accumulators, 4 columns, 1 broadcast of 32 registers
+constexpr int kTileRows = 6,
+              kTileVecs = 4;  // 24 accumulators, 4 columns, 1 broadcast of 32 registers
 #else
-constexpr int kTileRows = 6, kTileVecs = 2;  // 12 accumulators, 2 columns, 1 broadcast of 16 registers
+constexpr int kTileRows = 6,
+              kTileVecs = 2;  // 12 accumulators, 2 columns, 1 broadcast of 16 registers
 #endif
 constexpr int kPanel = kTileVecs * kLanes;  // keys side by side in a panel of packed keys
 
@@ -64,8 +66,8 @@ struct StoredDot {
 
 // acc[r][v] += sum over k < depth of a[r][k] * b[k][v]
 template <class Dot, int kRows, int kVecs, class Column>
-inline void outer_product(const typename Dot::Word* a, int64_t a_row, const Column* b, int64_t b_row,
-                          int64_t depth, Vec (&acc)[kRows][kVecs]) {
+inline void outer_product(const typename Dot::Word* a, int64_t a_row, const Column* b,
+                          int64_t b_row, int64_t depth, Vec (&acc)[kRows][kVecs]) {
   for (int64_t k = 0; k < depth; ++k) {
     typename Dot::B column[kVecs];
 #pragma GCC unroll 4
@@ -96,8 +98,8 @@ void product_tile(const typename Dot::Word* a, int64_t a_row, const typename Dot
   }
 }
 
-// out[r][v] = out[r][v] * factor[r] + sum over k of a[r][k] * b[k][v]. The sum starts at zero: adding a block's
-// sum to the total once keeps the rounding error of long rows that of one block.
+// out[r][v] = out[r][v] * factor[r] + sum over k of a[r][k] * b[k][v]. The sum starts at zero:
+// adding a block's sum to the total once keeps the rounding error of long rows that of one block.
 template <class Dot, int kRows, int kVecs, class Column>
 void update_tile(const typename Dot::Word* a, int64_t a_row, const Column* b, int64_t b_row,
                  int64_t depth, const float* factor, float* out, int64_t out_row) {
@@ -118,7 +120,8 @@ void update_tile(const typename Dot::Word* a, int64_t a_row, const Column* b, in
   }
 }
 
-// Calls f.template operator()<rows, vecs>() for run-time rows in 1..kTileRows and vecs in 1..kTileVecs.
+// Calls f.template operator()<rows, vecs>() for run-time rows in 1..kTileRows and vecs
+// in 1..kTileVecs.
 template <int kRows = kTileRows, int kVecs = kTileVecs, class F>
 inline void with_tile(int rows, int vecs, const F& f) {
   if constexpr (kRows > 1) {
@@ -161,7 +164,8 @@ inline Vec load_words(const T* row, int64_t dim, int64_t w) {
   }
 }
 
-// Keys [0, keys) of `dim` elements -> panels [keys / kPanel][words][kPanel]; keys past the end are zeros.
+// Keys [0, keys) of `dim` elements -> panels [keys / kPanel][words][kPanel]; keys past the end are
+// zeros.
 template <class Dot, class T>
 void pack_keys(const T* k, int64_t k_row, int64_t keys, int64_t dim, typename Dot::Word* out) {
   const int64_t words = (dim + Dot::kPerWord - 1) / Dot::kPerWord;
@@ -189,8 +193,9 @@ inline bool all_finite(const T* row, int64_t n) {
   return !any(is_nan(bad));
 }
 
-// Values [0, keys) -> [keys / kPerWord][padded], columns padded with zeros; rows that hold a NaN or an
-// infinity become zeros and are listed in `bad`, in order; returns how many. Keys are padded to whole words.
+// Values [0, keys) -> [keys / kPerWord][padded], columns padded with zeros; rows that hold a NaN or
+// an infinity become zeros and are listed in `bad`, in order; returns how many. Keys are padded to
+// whole words.
 template <class Dot, class T>
 int64_t pack_values(const T* v, int64_t v_row, int64_t keys, int64_t dim, int64_t padded,
                     typename Dot::Word* out, int32_t* bad) {

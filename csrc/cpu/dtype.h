@@ -14,6 +14,9 @@ struct f16 {
 
 enum class Dtype { f32, bf16, f16 };
 
+// What a mask holds: booleans (true takes part) or numbers to add.
+enum class MaskKind { none, boolean, f32, bf16, f16 };
+
 }  // namespace mmkern
 
 // Runs `...` with the type name T bound to the storage type of `dtype`.

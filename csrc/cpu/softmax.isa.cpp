@@ -1,4 +1,11 @@
-// Softmax over contiguous rows.
+// Softmax, log-softmax and masked softmax along one dim.
+//
+//   m = max s, e = exp(s - m), out = e / sum e      or   (s - m) - log(sum e)
+//
+// Floor: one read and one write of memory. Three passes over a row that stays in cache: maximum (1
+// instruction per kLanes elements), exponential and sum (15), scale (2); some 20 cycles per vector
+// where memory takes 40. A row too long for the cache is read twice instead: once for maximum and
+// sum together, once for the result.
 #include "cpu/softmax.h"
 
 #include "cpu/parallel.h"
@@ -7,35 +14,298 @@
 namespace mmkern::MMKERN_ISA {
 namespace {
 
+constexpr int64_t kTaskElements = 16384;  // per task: 10 microseconds or more
+constexpr int64_t kCachedCols =
+    65536;                        // longest row whose float32 copy (256 KB) is kept between passes
+constexpr int64_t kChunk = 4096;  // of a longer row, that stays in L1 from maximum to sum
+constexpr int kColumnVecs = 4;    // vectors of neighbouring rows side by side (64 rows on AVX-512)
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int lanes_left(int64_t n) { return n < kLanes ? int(n) : kLanes; }
+
 template <class T>
-void softmax_row(const T* x, T* out, int64_t cols) {
-  Vec top = set1(-kInf);
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int n = cols - j < kLanes ? int(cols - j) : kLanes;
-    top = max(top, select(first_n(n), load_n(x + j, n), set1(-kInf)));
-  }
-  const Vec m = set1(reduce_max(top) * kLog2e);
-  Vec sum = zero();
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int n = cols - j < kLanes ? int(cols - j) : kLanes;
-    sum = sum + select(first_n(n), exp2(fma(load_n(x + j, n), set1(kLog2e), zero() - m)), zero());
-  }
-  const Vec scale = set1(1.0f / reduce_add(sum));
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int n = cols - j < kLanes ? int(cols - j) : kLanes;
-    store_n(out + j, exp2(fma(load_n(x + j, n), set1(kLog2e), zero() - m)) * scale, n);
+inline Vec load_part(const T* p, int n) {
+  return n == kLanes ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void store_part(T* p, Vec x, int n) {
+  if (n == kLanes) {
+    store(p, x);
+  } else {
+    store_n(p, x, n);
   }
 }
+// n elements `stride` apart.
+template <class T>
+inline Vec load_strided(const T* p, int64_t stride, int n) {
+  if (stride == 1) return load_part(p, n);
+  float lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i * stride]);
+  return load(lanes);
+}
+template <class T>
+inline void store_strided(T* p, int64_t stride, Vec x, int n) {
+  if (stride == 1) return store_part(p, x, n);
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < n; ++i) from_float(lanes[i], p + i * stride);
+}
+
+// The maximum of the first n lanes of each vector; lanes beyond are ignored.
+inline Vec max_part(Vec top, Vec x, int n) {
+  return max(top, n == kLanes ? x : select(first_n(n), x, set1(-kInf)));
+}
+
+// A sum in two levels, so that rounding errors grow with 64 terms and not with the length of a row.
+class Sum {
+  Vec part_ = zero(), total_ = zero();
+  int terms_ = 0;
+
+ public:
+  void add(Vec x) {
+    part_ = part_ + x;
+    if (++terms_ < 64) return;
+    total_ = total_ + part_;
+    part_ = zero();
+    terms_ = 0;
+  }
+  void add(Vec x, int n) { add(n == kLanes ? x : select(first_n(n), x, zero())); }
+  Vec value() const { return total_ + part_; }
+};
+
+// Where a row of each operand starts; steps through the outer dims in order.
+class Cursor {
+  const SoftmaxArgs& a_;
+  int64_t index_[64];
+
+ public:
+  int64_t x = 0, mask = 0, bias = 0, out = 0;
+
+  Cursor(const SoftmaxArgs& a, int64_t row) : a_(a) {
+    for (int d = a.outer_dims - 1; d >= 0; --d) {
+      index_[d] = row % a.outer_sizes[d];
+      row /= a.outer_sizes[d];
+      move(d, index_[d]);
+    }
+  }
+  void next() {
+    for (int d = a_.outer_dims - 1; d >= 0; --d) {
+      move(d, 1);
+      if (++index_[d] < a_.outer_sizes[d]) return;
+      move(d, -index_[d]);
+      index_[d] = 0;
+    }
+  }
+
+ private:
+  void move(int d, int64_t steps) {
+    x += steps * a_.x.outer[d];
+    out += steps * a_.out.outer[d];
+    if (a_.mask_kind != MaskKind::none) mask += steps * a_.mask.outer[d];
+    if (a_.bias_kind != MaskKind::none) bias += steps * a_.bias.outer[d];
+  }
+};
+
+// Adds mask or bias to n scores; minus infinity and false hide an element whatever it holds, NaN
+// included.
+template <class M>
+inline Vec add_bias(Vec score, const void* data, int64_t at, int64_t stride, int n) {
+  const M* p = static_cast<const M*>(data) + at;
+  const Vec bias = stride == 0 ? set1(to_float(*p)) : load_strided(p, stride, n);
+  return select(equal(bias, set1(-kInf)), bias, score + bias);
+}
+inline Vec apply(MaskKind kind, Vec score, const void* data, int64_t at, int64_t stride, int n) {
+  switch (kind) {
+    case MaskKind::none: return score;
+    case MaskKind::f32: return add_bias<float>(score, data, at, stride, n);
+    case MaskKind::bf16: return add_bias<bf16>(score, data, at, stride, n);
+    case MaskKind::f16: return add_bias<f16>(score, data, at, stride, n);
+    case MaskKind::boolean: break;
+  }
+  const uint8_t* p = static_cast<const uint8_t*>(data) + at;
+  uint8_t lanes[kLanes] = {};
+  if (stride != 1) {
+    for (int i = 0; i < n; ++i) lanes[i] = p[i * stride];
+  }
+  const Mask seen = stride == 1 ? load_mask_n(p, n) : load_mask(lanes);
+  return select(seen, score, set1(-kInf));
+}
+
+template <class T>
+class Softmax {
+  const SoftmaxArgs& a_;
+  const bool log_ = a_.kind == SoftmaxKind::log_softmax, masked_ = a_.kind == SoftmaxKind::masked;
+  const T* const x_ = static_cast<const T*>(a_.x.data);
+  T* const out_ = static_cast<T*>(a_.out.data);
+
+ public:
+  explicit Softmax(const SoftmaxArgs& a) : a_(a) {}
+
+  void run() {
+    int64_t rows = 1;
+    for (int d = 0; d < a_.outer_dims; ++d) rows *= a_.outer_sizes[d];
+    // A unit is a row, or as many neighbouring rows as are worked on side by side.
+    const int64_t width = a_.inner == 1 ? 1 : kColumnVecs * kLanes;
+    const int64_t blocks = (a_.inner + width - 1) / width, units = rows * blocks;
+    const int64_t share = kTaskElements / (a_.cols * smaller(width, a_.inner)) + 1;
+    parallel_tasks((units + share - 1) / share, [&](int64_t task) {
+      int64_t unit = task * share;
+      const int64_t end = smaller(units, unit + share);
+      Cursor at(a_, unit / blocks);
+      for (; unit < end; ++unit) {
+        if (a_.inner == 1) {
+          row(at);
+        } else {
+          const int64_t first = unit % blocks * width;
+          columns(at, first, smaller(width, a_.inner - first));
+        }
+        if ((unit + 1) % blocks == 0) at.next();
+      }
+    });
+  }
+
+ private:
+  Vec score(const Cursor& at, int64_t col, int64_t inner, bool along, int n) const {
+    const auto place = [&](const SoftmaxOperand& o) { return col * o.col + inner * o.inner; };
+    const auto stride = [&](const SoftmaxOperand& o) { return along ? o.col : o.inner; };
+    Vec s = load_strided(x_ + at.x + place(a_.x), stride(a_.x), n);
+    if (!masked_) return s;
+    s = s * set1(a_.scale);
+    s = apply(a_.bias_kind, s, a_.bias.data, at.bias + place(a_.bias), stride(a_.bias), n);
+    return apply(a_.mask_kind, s, a_.mask.data, at.mask + place(a_.mask), stride(a_.mask), n);
+  }
+
+  void row(const Cursor& at) {
+    if (!masked_ && a_.x.col == 1 && a_.out.col == 1) {
+      if (a_.cols > kCachedCols) return long_row(x_ + at.x, out_ + at.out);
+      return plain_row(x_ + at.x, out_ + at.out);
+    }
+    float* s = static_cast<float*>(thread_scratch((a_.cols + kLanes) * sizeof(float)));
+    Vec top = set1(-kInf);
+    for (int64_t j = 0; j < a_.cols; j += kLanes) {
+      const int n = lanes_left(a_.cols - j);
+      const Vec v = score(at, j, 0, true, n);
+      store(s + j, v);
+      top = max_part(top, v, n);
+    }
+    const float m = reduce_max(top);
+    const Vec shift = set1(masked_ && m == -kInf ? 0.0f : m);
+    Sum sum;
+    for (int64_t j = 0; j < a_.cols; j += kLanes) {
+      const Vec difference = load(s + j) - shift, e = exp(difference);
+      store(s + j, log_ ? difference : e);
+      sum.add(e, lanes_left(a_.cols - j));
+    }
+    const float total = reduce_add(sum.value());
+    const Vec factor = set1(total == 0.0f ? 0.0f : 1.0f / total), log_total = set1(logf(total));
+    for (int64_t j = 0; j < a_.cols; j += kLanes) {
+      const Vec v = load(s + j);
+      store_strided(out_ + at.out + j * a_.out.col, a_.out.col, log_ ? v - log_total : v * factor,
+                    lanes_left(a_.cols - j));
+    }
+  }
+
+  // Unit strides, no mask: float32 keeps its exponentials in the output itself.
+  void plain_row(const T* x, T* out) {
+    constexpr bool in_place = sizeof(T) == sizeof(float);
+    float* e = in_place || log_
+                   ? reinterpret_cast<float*>(out)
+                   : static_cast<float*>(thread_scratch((a_.cols + kLanes) * sizeof(float)));
+    const int64_t whole = a_.cols / kLanes * kLanes;
+    const int left = int(a_.cols - whole);
+    const Vec shift = set1(row_max(x, a_.cols));
+    Sum sum;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const Vec v = exp(load(x + j) - shift);
+      if (!log_) store(e + j, v);
+      sum.add(v);
+    }
+    if (left) {
+      const Vec v = select(first_n(left), exp(load_n(x + whole, left) - shift), zero());
+      if (!log_) store_n(e + whole, v, left);
+      sum.add(v);
+    }
+    const float total = reduce_add(sum.value());
+    const Vec factor = set1(1.0f / total), log_total = set1(logf(total));
+    const auto result = [&](int64_t j, int n) {
+      return log_ ? load_part(x + j, n) - shift - log_total : load_part(e + j, n) * factor;
+    };
+    for (int64_t j = 0; j < whole; j += kLanes) store(out + j, result(j, kLanes));
+    if (left) store_n(out + whole, result(whole, left), left);
+  }
+
+  static float row_max(const T* x, int64_t cols) {
+    Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
+    int64_t j = 0;
+    for (; j + 4 * kLanes <= cols; j += 4 * kLanes) {
+      for (int i = 0; i < 4; ++i) top[i] = max(top[i], load(x + j + i * kLanes));
+    }
+    for (; j < cols; j += kLanes) {
+      const int n = lanes_left(cols - j);
+      top[0] = max_part(top[0], load_part(x + j, n), n);
+    }
+    return reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
+  }
+
+  void long_row(const T* x, T* out) {
+    float m = -kInf, total = 0.0f;
+    for (int64_t j = 0; j < a_.cols; j += kChunk) {
+      const int64_t end = smaller(a_.cols, j + kChunk);
+      const float top = row_max(x + j, end - j), next = top > m ? top : m;
+      Sum sum;
+      for (int64_t i = j; i < end; i += kLanes) {
+        const int n = lanes_left(end - i);
+        sum.add(exp(load_part(x + i, n) - set1(next == -kInf ? 0.0f : next)), n);
+      }
+      total =
+          (m == -kInf ? 0.0f : total * first_lane(exp(set1(m - next)))) + reduce_add(sum.value());
+      m = next;
+    }
+    // Nothing but minus infinity, or a positive infinity: NaN, as inf - inf is.
+    const Vec shift = set1(m), factor = set1(1.0f / total), log_total = set1(logf(total));
+    for (int64_t j = 0; j < a_.cols; j += kLanes) {
+      const int n = lanes_left(a_.cols - j);
+      const Vec difference = load_part(x + j, n) - shift;
+      store_part(out + j, log_ ? difference - log_total : exp(difference) * factor, n);
+    }
+  }
+
+  // Rows first .. first + n side by side, one a lane.
+  void columns(const Cursor& at, int64_t first, int64_t n) {
+    constexpr int64_t width = kColumnVecs * kLanes;
+    float* s = static_cast<float*>(thread_scratch(a_.cols * width * sizeof(float)));
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const int lanes = lanes_left(n - v);
+      Vec top = set1(-kInf);
+      for (int64_t j = 0; j < a_.cols; ++j) {
+        const Vec x = score(at, j, first + v, false, lanes);
+        store(s + j * width + v, x);
+        top = max(top, x);  // a NaN may be lost here: it comes back with the sum
+      }
+      const Vec shift = masked_ ? select(equal(top, set1(-kInf)), zero(), top) : top;
+      Sum sum;
+      for (int64_t j = 0; j < a_.cols; ++j) {
+        const Vec difference = load(s + j * width + v) - shift, e = exp(difference);
+        store(s + j * width + v, log_ ? difference : e);
+        sum.add(e);
+      }
+      float totals[kLanes];
+      store(totals, sum.value());
+      for (int i = 0; i < lanes; ++i) {
+        totals[i] = log_ ? logf(totals[i]) : totals[i] == 0.0f ? 0.0f : 1.0f / totals[i];
+      }
+      const Vec total = load(totals);
+      for (int64_t j = 0; j < a_.cols; ++j) {
+        const Vec x = load(s + j * width + v);
+        store_strided(out_ + at.out + j * a_.out.col + (first + v) * a_.out.inner, a_.out.inner,
+                      log_ ? x - total : x * total, lanes);
+      }
+    }
+  }
+};
 
 }  // namespace
 
-void softmax_rows(const SoftmaxArgs& a) {
-  MMKERN_SWITCH_DTYPE(a.dtype, T, {
-    parallel_tasks(a.rows, [&](int64_t row) {
-      softmax_row(static_cast<const T*>(a.x) + row * a.cols, static_cast<T*>(a.out) + row * a.cols,
-                  a.cols);
-    });
-  })
-}
+void softmax(const SoftmaxArgs& a) { MMKERN_SWITCH_DTYPE(a.dtype, T, Softmax<T>(a).run()) }
 
 }  // namespace mmkern::MMKERN_ISA

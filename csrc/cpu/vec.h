@@ -104,7 +104,8 @@ inline Vec exp2_slope(Vec f) {  // (2^f - 1) / f
 inline Vec exp2_fraction(Vec f) { return fma(exp2_slope(f), f, set1(1.0f)); }
 inline Vec exp2m1_fraction(Vec f) { return exp2_slope(f) * f; }
 
-// Adding 1.5 * 2^23 + 127 rounds to an integer n and leaves n + 127, the exponent of 2^n, in the low bits.
+// Adding 1.5 * 2^23 + 127 rounds to an integer n and leaves n + 127, the exponent of 2^n, in the
+// low bits.
 constexpr float kExponentMagic = 12582912.0f + 127.0f;
 inline Vec pow2(Vec n) { return exponent_bits(n + set1(kExponentMagic)); }
 
@@ -113,6 +114,22 @@ inline Vec exp2(Vec x) {
   x = max(set1(-127.0f), x);
   const Vec shifted = x + set1(kExponentMagic);
   return exp2_fraction(x - (shifted - set1(kExponentMagic))) * exponent_bits(shifted);
+}
+
+// e^x for x <= 88, within 1.5 ulp: x - n ln 2 in two exact steps. 0 below -88.03 = -127 ln 2; NaN
+// for NaN.
+inline Vec exp(Vec x) {
+  x = max(set1(-88.0296919f), x);
+  const Vec shifted = fma(x, set1(kLog2e), set1(kExponentMagic)),
+            n = shifted - set1(kExponentMagic);
+  Vec r = fnma(n, set1(0.693359375f), x);
+  r = fnma(n, set1(-2.12194440e-4f), r);
+  Vec p = set1(1.381460202e-3f);  // degree 6, relative error 3e-9
+  p = fma(p, r, set1(8.368715202e-3f));
+  p = fma(p, r, set1(4.166838788e-2f));
+  p = fma(p, r, set1(1.666652065e-1f));
+  p = fma(p, r, set1(4.999999345e-1f));
+  return (fma(p * r, r, r) + set1(1.0f)) * exponent_bits(shifted);
 }
 
 }  // namespace mmkern::MMKERN_ISA

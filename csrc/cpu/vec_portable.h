@@ -80,9 +80,7 @@ inline Vec round(Vec a) {
   const Vec rounded = {(a.v + magic) - magic};
   return select(less(abs(a), set1(4194304.0f)), rounded, a);
 }
-inline Vec exponent_bits(Vec a) {
-  return {(f32x4)((u32x4)a.v << 23)};
-}
+inline Vec exponent_bits(Vec a) { return {(f32x4)((u32x4)a.v << 23)}; }
 
 inline Mask load_mask(const uint8_t* p) { return {i32x4{p[0], p[1], p[2], p[3]} != 0}; }
 inline Mask load_mask_n(const uint8_t* p, int n) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from math import inf, sqrt
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from mmkern.ops.dispatch import Op
 from mmkern.reference import Similarity
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SIMILARITIES = {name.lower(): member.value for name, member in Similarity.__members__.items()}
+_DTYPES = (*_KERNEL_DTYPES, torch.float64)
+_SIMILARITIES = {name.lower(): int(member) for name, member in Similarity.__members__.items()}
 _ALIGNMENTS = ("upper_left", "lower_right")
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    *lead, heads, q_len, _ = query.shape
+    lead, (heads, q_len) = query.shape[:-3], query.shape[-3:-1]
     out = query.new_empty((*lead, q_len, heads, value.shape[-1])).transpose(-3, -2)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty((*lead, heads, q_len), dtype=dtype)
@@ -115,20 +116,30 @@ def scaled_dot_product_attention(
         >>> mmkern.scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
-    _check_tensors(query, key, value)
-    rank = query.dim()
-    if rank < 4 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        rank = max(rank, key.dim(), value.dim())
-        query, key, value = _align(query, key, value, enable_gqa)
-    if not 0.0 <= dropout_p <= 1.0:
+    if torch._C._is_any_autocast_enabled() and isinstance(query, Tensor):
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            query, key, value = (_autocast(t, torch.get_autocast_dtype(device)) for t in (query, key, value))
+            with torch.autocast(device, enabled=False):
+                return scaled_dot_product_attention(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, similarity=similarity,
+                    temperature=temperature, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+                    key_lengths=key_lengths, sinks=sinks, causal_alignment=causal_alignment, return_lse=return_lse,
+                )  # fmt: skip
+    rank = 4
+    if not _alike(query, key, value):
+        rank, query, key, value = _align(query, key, value, enable_gqa)
+    if dropout_p != 0.0 and not 0.0 <= _finite("dropout_p", dropout_p) <= 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
-    kind = _SIMILARITIES.get(similarity, -1)
-    if kind < 0:
-        raise ValueError(f"similarity: expected one of {', '.join(_SIMILARITIES)}, got {similarity!r}")
+    kind = 0
+    if similarity != "dot":
+        if not isinstance(similarity, str) or similarity not in _SIMILARITIES:
+            raise ValueError(f"similarity: expected one of {', '.join(_SIMILARITIES)}, got {similarity!r}")
+        kind = _SIMILARITIES[similarity]
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1]) if kind == Similarity.DOT and query.shape[-1] else 1.0
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+        scale = 1.0 / sqrt(query.shape[-1]) if kind == 0 and query.shape[-1] else 1.0
+    else:
+        scale = _finite("scale", scale)
 
     left = right = -1
     lower_right = False
@@ -160,8 +171,10 @@ def scaled_dot_product_attention(
         if causal_alignment not in _ALIGNMENTS:
             raise ValueError(f"causal_alignment: expected one of {', '.join(_ALIGNMENTS)}, got {causal_alignment!r}")
         lower_right = causal_alignment == "lower_right"
-    # One draw from torch's default generator: manual_seed and checkpointing work as with torch's dropout.
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64) if dropout_p > 0.0 else None
+    # One draw from the device's default generator: manual_seed and checkpointing work as with torch's dropout.
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     out, lse = _attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, kind, temperature, left, right, softcap or 0.0,
         alibi_slopes, key_lengths, sinks, lower_right, seed,
@@ -169,6 +182,10 @@ def scaled_dot_product_attention(
     if rank < 4:
         out, lse = _unalign(out, lse, rank, enable_gqa)
     return (out, lse) if return_lse else out
+
+
+def _autocast(t: Any, dtype: torch.dtype) -> Any:
+    return t.to(dtype) if isinstance(t, Tensor) and t.dtype in _KERNEL_DTYPES else t
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -185,7 +202,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name}: dtype {t.dtype} where query has {query.dtype}")
         if t.device != query.device:
             raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
-    if query.dtype not in _KERNEL_DTYPES and query.dtype != torch.float64:
+    if query.dtype not in _DTYPES:
         raise TypeError(f"query: expected float32, bfloat16, float16 or float64, got {query.dtype}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key: its last dim must be query's head_dim; got {_shapes(query, key, value)}")
@@ -193,10 +210,33 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"value: its length must be key's; got {_shapes(query, key, value)}")
 
 
-def _align(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of rank >= 4 with the same leading dims before the heads, and heads that a kernel can pair."""
+def _alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether these are plainly fit to go on: one shape of rank >= 4, one dtype, on the CPU. Half a microsecond."""
+    try:
+        shape, dtype = query.shape, query.dtype
+        return (
+            len(shape) >= 4
+            and shape == key.shape == value.shape
+            and dtype in _DTYPES
+            and dtype == key.dtype == value.dtype
+            and query.is_cpu
+            and key.is_cpu
+            and value.is_cpu
+        )
+    except AttributeError:  # not all are tensors
+        return False
+
+
+def _align(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Rank of the call; and views of rank >= 4 with equal dims before the heads, and heads that a kernel can pair."""
+    _check_tensors(query, key, value)
     tensors = [query, key, value]
     rank = max(t.dim() for t in tensors)
+    lead = query.shape[:-2]
+    if len(lead) >= 2 and lead[:-1] == key.shape[:-3] and key.shape[:-2] == value.shape[:-2]:
+        kv_heads = key.shape[-3]
+        if lead[-1] == kv_heads or (enable_gqa and kv_heads and lead[-1] % kv_heads == 0):
+            return rank, query, key, value
     if rank == 3 and not enable_gqa:  # three dims are a batch of one head
         tensors = [t.unsqueeze(-3) if t.dim() == 3 else t for t in tensors]
     views = [t[(None,) * (max(rank, 4) - t.dim())] for t in tensors]
@@ -217,12 +257,12 @@ def _align(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
             raise ValueError(f"key: its {kv_heads} heads must divide query's {heads}; got {_shapes(query, key, value)}")
     query = views[0].expand(*lead, heads, -1, -1)
     key, value = (t.expand(*lead, kv_heads, -1, -1) for t in views[1:])
-    return query, key, value
+    return rank, query, key, value
 
 
 def _unalign(out: Tensor, lse: Tensor, rank: int, enable_gqa: bool) -> tuple[Tensor, Tensor]:
     if rank == 3:
-        return (out.squeeze(0), lse.squeeze(0)) if enable_gqa else (out.squeeze(-3), lse.squeeze(-2))
+        return (out.squeeze(0).contiguous(), lse.squeeze(0)) if enable_gqa else (out.squeeze(-3), lse.squeeze(-2))
     return out.squeeze(0).squeeze(0), lse.squeeze(0).squeeze(0)
 
 
@@ -254,9 +294,9 @@ def _same_device(name: str, t: Tensor, query: Tensor) -> None:
 def _finite(name: str, number: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
-    if not math.isfinite(number):
+    if not -inf < number < inf:
         raise ValueError(f"{name}: expected a finite number, got {number}")
-    return float(number)
+    return number
 
 
 def _per_head(name: str, t: Any, query: Tensor, *, scalar: bool = False, batched: bool = False) -> Tensor:
@@ -288,8 +328,12 @@ def _window(window: Any) -> tuple[int, int]:
             raise TypeError(f"window: expected integers or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window: expected sides >= 0, got {window!r}")
-    left, right = (-1 if side is None else side for side in window)
+    left, right = (-1 if side is None or side >= 2**62 else side for side in window)  # positions stay in int64
     return left, right
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _lengths(lengths: Any, query: Tensor, k_len: int) -> Tensor:
@@ -297,8 +341,9 @@ def _lengths(lengths: Any, query: Tensor, k_len: int) -> Tensor:
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"key_lengths: expected a Tensor of int32 or int64, got {kind}")
     _same_device("key_lengths", lengths, query)
-    # Reading the values of a GPU tensor would stop the stream: there, kernels clamp them.
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and lengths.numel():
+    # Reading the values of a GPU tensor would stop the stream, and a traced or vmapped one has none yet: kernels
+    # clamp them.
+    if type(lengths) is Tensor and lengths.is_cpu and lengths.numel() and not _traced():
         low, high = (int(x) for x in lengths.aminmax())
         if low < 0 or high > k_len:
             raise ValueError(f"key_lengths: expected values in [0, {k_len}], got {low}..{high}")

@@ -1,6 +1,9 @@
-"""Softmax and its relatives."""
+"""Softmax, log-softmax and masked softmax."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,20 +11,181 @@ from torch import Tensor
 from mmkern import reference
 from mmkern.ops.dispatch import Op
 
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def _refuse_cpu(input: Tensor, *_: object) -> str | None:
-    if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if input.dtype not in _KERNEL_DTYPES:
         return f"the CPU kernels take float32, bfloat16 and float16, not {input.dtype}"
     return None
 
 
-_softmax = Op(
-    "softmax_fwd(Tensor input, int dim) -> Tensor",
-    reference=reference.softmax,
-    fake=lambda input, dim: torch.empty_like(input),
-    kernels={"cpu": _refuse_cpu},
+def _refuse_cpu_masked(
+    input: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None, dim: int, dropout_p: float, seed: Any
+) -> str | None:
+    return "dropout has no CPU kernel" if dropout_p > 0 else _refuse_cpu(input)
+
+
+def _fake(input: Tensor, *_: object) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+_softmax = Op("softmax_fwd(Tensor input, int dim) -> Tensor", reference.softmax, _fake, {"cpu": _refuse_cpu})
+_log_softmax = Op(
+    "log_softmax_fwd(Tensor input, int dim) -> Tensor", reference.log_softmax, _fake, {"cpu": _refuse_cpu}
+)
+_softmax_out = Op(
+    "softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
+    reference.softmax_out,
+    lambda input, dim, out: None,
+    {"cpu": _refuse_cpu},
+)
+_log_softmax_out = Op(
+    "log_softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
+    reference.log_softmax_out,
+    lambda input, dim, out: None,
+    {"cpu": _refuse_cpu},
+)
+_masked_softmax = Op(
+    "masked_softmax_fwd(Tensor input, Tensor? mask, float scale, Tensor? bias, int dim, float dropout_p, "
+    "Tensor? dropout_seed) -> Tensor",
+    reference.masked_softmax,
+    _fake,
+    {"cpu": _refuse_cpu_masked},
 )
 
 
-def softmax(input: Tensor, dim: int) -> Tensor:
-    return _softmax(input, dim)
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """exp(x_i) / sum_j exp(x_j) along one dim, as `torch.softmax`.
+
+    Args:
+        input: any shape, float32, bfloat16, float16 or float64; other dtypes need `dtype`.
+        dim: the dim to sum over, negative ones from the end.
+        dtype: convert `input` to it first, and return it.
+        out: tensor of the result's shape and dtype to write into; may be `input` itself. No gradient then.
+
+    Returns:
+        Contiguous tensor of input's shape. Rows of nothing but minus infinity give NaN, as torch's do.
+
+    Raises:
+        TypeError: input is not floating point, or an argument is of the wrong kind.
+        IndexError: dim is out of range.
+        ValueError: out has another shape, dtype or device, or a gradient is wanted with out.
+
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+
+    Example:
+        >>> import mmkern, torch
+        >>> mmkern.softmax(torch.zeros(2, 4), dim=-1)[0]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    return _run(_softmax, _softmax_out, input, dim, dtype, out)
+
+
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """x_i - log sum_j exp(x_j) along one dim, as `torch.log_softmax`. Arguments, result and errors: see `softmax`.
+
+    Example:
+        >>> import mmkern, torch
+        >>> mmkern.log_softmax(torch.zeros(4), dim=0)
+        tensor([-1.3863, -1.3863, -1.3863, -1.3863])
+    """
+    return _run(_log_softmax, _log_softmax_out, input, dim, dtype, out)
+
+
+def masked_softmax(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    dim: int = -1,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Softmax of scale * x + bias over the elements that the mask lets take part, in one pass.
+
+    Args:
+        x: any shape, float32, bfloat16, float16 or float64.
+        mask: broadcastable to x: bool (True takes part) or float (added; x's dtype or float32), read with its
+            strides and never expanded in memory.
+        scale: finite factor of x.
+        bias: float, added, broadcastable to x; x's dtype or float32. Minus infinity hides an element.
+        dim: the dim to sum over.
+        dropout_p: chance in [0, 1] with which a weight is dropped, the others being divided by 1 - dropout_p.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. Hidden elements get 0, whatever x holds there; so do rows with
+        nothing visible.
+
+    Raises:
+        TypeError: a dtype or the kind of an argument is wrong.
+        IndexError: dim is out of range.
+        ValueError: mask or bias does not broadcast to x, devices differ, or a number is out of range.
+
+    Example:
+        >>> import mmkern, torch
+        >>> mmkern.masked_softmax(torch.zeros(3), torch.tensor([True, True, False]))
+        tensor([0.5000, 0.5000, 0.0000])
+    """
+    dim = _check(x, dim, "x")
+    if mask is not None:
+        mask = _broadcast("mask", mask, x, (torch.bool, torch.float32, x.dtype))
+    if bias is not None:
+        bias = _broadcast("bias", bias, x, (torch.float32, x.dtype))
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
+    if x.dim() == 0:
+        return masked_softmax(x[None], mask, scale=scale, bias=bias, dropout_p=dropout_p)[0]
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64) if dropout_p > 0 else None
+    return _masked_softmax(x, mask, scale, bias, dim, dropout_p, seed)
+
+
+def _run(op: Op, op_out: Op, input: Tensor, dim: int, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+    if dtype is not None and isinstance(input, Tensor) and input.dtype != dtype:
+        input = input.to(dtype)
+    dim = _check(input, dim, "input")
+    if input.dim() == 0:
+        result = _run(op, op_out, input[None], 0, None, None)[0]
+        return result if out is None else out.copy_(result)
+    if out is None:
+        return op(input, dim)
+    if (
+        not isinstance(out, Tensor)
+        or out.dtype != input.dtype
+        or out.shape != input.shape
+        or out.device != input.device
+    ):
+        got = f"{tuple(out.shape)} {out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"out: expected {tuple(input.shape)} {input.dtype} on {input.device}, got {got}")
+    if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
+        raise ValueError("out: an argument requires grad, and writing into out cannot be differentiated")
+    op_out(input, dim, out)
+    return out
+
+
+def _check(x: Tensor, dim: int, name: str) -> int:
+    """`dim` counted from the front, after x and dim are found to be right."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim: expected an integer, got {dim!r}")
+    rank = x.dim() or 1
+    if not -rank <= dim < rank:
+        raise IndexError(f"dim: expected a value in [{-rank}, {rank - 1}] for shape {tuple(x.shape)}, got {dim}")
+    return dim + rank if dim < 0 else dim
+
+
+def _broadcast(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    if not isinstance(t, Tensor) or t.dtype not in dtypes:
+        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name}: expected a Tensor of {', '.join(map(str, dict.fromkeys(dtypes)))}, got {kind}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: on device {t.device} where x is on {x.device}")
+    try:
+        return t.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}") from None

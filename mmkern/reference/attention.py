@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from enum import IntEnum
 
 import torch
@@ -44,31 +43,34 @@ def attention(
     query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) -> (B..., H, L, V), (B..., H, L).
     """
     heads, q_len, k_len = query.shape[-3], query.shape[-2], key.shape[-2]
-    q, (k, v) = query, (t.repeat_interleave(heads // t.shape[-3], -3) for t in (key, value))
+    q, (k, v) = query, (t.repeat_interleave(heads // max(t.shape[-3], 1), -3) for t in (key, value))
     if q.dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
-    scores = _similarity(q, k, similarity) * scale
-    if temperature is not None:
-        scores = scores * temperature[:, None, None]
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-
     length = torch.full((), k_len, device=q.device) if key_lengths is None else key_lengths[..., None, None, None]
     i = torch.arange(q_len, device=q.device)[:, None] + (length - q_len if causal_lower_right else 0)
     j = torch.arange(k_len, device=q.device)
-    visible = (j < length).expand(scores.shape)
+    visible = (j < length).expand(*q.shape[:-1], k_len)
     if is_causal:
         visible = visible & (j <= i)
     if window_left >= 0:
         visible = visible & (j >= i - window_left)
     if window_right >= 0:
         visible = visible & (j <= i + window_right)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes[..., None, None] * (i - j).abs()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
     elif attn_mask is not None:
         visible = visible & (attn_mask != -torch.inf)
+
+    # Padding may hold anything: a NaN in a key that no query sees would reach query's gradient as 0 * NaN.
+    k = torch.where(visible.any(-2)[..., None], k, 0.0)
+    scores = _similarity(q, k, similarity) * scale
+    if temperature is not None:
+        scores = scores * temperature[:, None, None]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[..., None, None] * (i - j).abs()
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + torch.where(visible, attn_mask, 0.0)
     visible = visible & (scores != -torch.inf)
 
@@ -83,7 +85,7 @@ def attention(
     empty = total == 0
     weights = (weights / torch.where(empty, 1.0, total))[..., :k_len]
     lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)) + top).squeeze(-1)
-    if dropout_p > 0:
+    if dropout_seed is not None:
         keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
     out = _weighted_sum(weights, v, visible).to(query.dtype)
@@ -106,13 +108,23 @@ def _weighted_sum(weights: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """weights @ value, where a NaN or an infinity in a value reaches only rows that see its key."""
     finite = value.isfinite()
     out = weights @ torch.where(finite, value, 0.0)
-    if not torch.compiler.is_compiling() and bool(finite.all()):
+    if _all(finite):
         return out
-    seen = (visible & (weights != 0)).to(out.dtype)
-    for bad in (torch.nan, torch.inf, -torch.inf):
-        there = value.isnan() if math.isnan(bad) else value == bad
-        out = out + torch.where(seen @ there.to(out.dtype) > 0, bad, 0.0)
+    rows = visible.to(out.dtype)
+    for sign in (torch.inf, -torch.inf):  # a NaN is both, and their sum is NaN
+        there = value.isnan() | (value == sign)
+        out = out + torch.where(rows @ there.to(out.dtype) > 0, sign, 0.0)
     return out
+
+
+def _all(x: Tensor) -> bool:
+    """Whether all of x is True; False, too, where values cannot be read: when traced or under vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(x.all())
+    except RuntimeError:
+        return False
 
 
 def _as_output(out: Tensor) -> Tensor:

@@ -1,0 +1,222 @@
+"""Attention as models use it, against scaled_dot_product_attention and the usual formulas around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import mmkern
+from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
+from mmkern.testing import randn
+
+ALL, TWO, F32 = tuple(DTYPES), ("float32", "bfloat16"), ("float32",)
+# Comparing every query of a longer sequence with float64 takes gigabytes per head: every 16th is compared.
+LONGEST_WHOLE = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row of the table below: (batch, query heads / key heads, queries x keys, head dim) and the rest."""
+
+    op: str
+    name: str
+    batch: int
+    heads: tuple[int, int]
+    q_len: int
+    k_len: int
+    head_dim: int
+    level: str = "default"
+    dtypes: tuple[str, ...] = ALL
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CAUSAL = {"is_causal": True}
+SHAPES = [
+    Shape("attention", "smallest", 1, (1, 1), 16, 16, 64, "quick"),
+    Shape("attention", "MiniLM 128", 8, (12, 12), 128, 128, 32, "quick"),
+    Shape("attention", "MiniLM 512", 2, (12, 12), 512, 512, 32),
+    Shape("attention", "BERT-base 128", 8, (12, 12), 128, 128, 64),
+    Shape("attention", "BERT-base 512", 2, (12, 12), 512, 512, 64, "quick"),
+    Shape("attention", "ViT-B/16 224px", 4, (12, 12), 197, 197, 64, "quick"),
+    Shape("attention", "ViT-B/16 384px", 2, (12, 12), 577, 577, 64),
+    Shape("attention", "1024 tokens", 2, (8, 8), 1024, 1024, 64),
+    Shape("attention", "long 4096", 1, (8, 8), 4096, 4096, 64),
+    Shape("attention", "long 4096 wide", 1, (8, 8), 4096, 4096, 128, "full"),
+    Shape("attention", "long 16384", 1, (8, 8), 16384, 16384, 64, "full"),
+    Shape("attention-causal", "CLIP text 77", 16, (8, 8), 77, 77, 64, "quick", options=CAUSAL),
+    Shape("attention-causal", "GPT-2 1024", 1, (12, 12), 1024, 1024, 64, options=CAUSAL),
+    Shape("attention-causal", "Llama prefill 512", 1, (32, 8), 512, 512, 128, "quick", options=CAUSAL),
+    Shape("attention-causal", "Llama prefill 2048", 1, (32, 8), 2048, 2048, 128, dtypes=TWO, options=CAUSAL),
+    Shape("attention-causal", "Llama prefill 4096", 1, (32, 8), 4096, 4096, 128, "full", options=CAUSAL),
+    Shape("attention-causal", "long 4096", 1, (8, 8), 4096, 4096, 64, "full", options=CAUSAL),
+    Shape("attention-decode", "GPT-2 decode 1024", 8, (12, 12), 1, 1024, 64, "quick"),
+    Shape("attention-decode", "Llama decode 4096", 1, (32, 8), 1, 4096, 128),
+    Shape("attention-decode", "Llama decode 8x4096", 8, (32, 8), 1, 4096, 128, "full"),
+    Shape("attention-decode", "long decode 4096", 8, (8, 8), 1, 4096, 64, dtypes=TWO),
+    Shape("attention-mask", "BERT-base padded 128", 8, (12, 12), 128, 128, 64, "quick", TWO),
+    Shape("attention-mask", "BERT-base padded 512", 2, (12, 12), 512, 512, 64, dtypes=TWO),
+    Shape("attention-lengths", "BERT-base padded 512", 2, (12, 12), 512, 512, 64, dtypes=TWO),
+    Shape("attention-bias", "T5-base 512", 1, (12, 12), 512, 512, 64, dtypes=TWO, options={"scale": 1.0}),
+    Shape("attention-bias", "Swin-T windows 49", 256, (3, 3), 49, 49, 32, "quick", TWO),
+    Shape("attention-window", "window 128 of 1024", 1, (8, 8), 1024, 1024, 64, "quick", TWO, {"window": 128}),
+    Shape("attention-window", "window 512 of 4096", 1, (8, 8), 4096, 4096, 64, dtypes=TWO, options={"window": 512}),
+    Shape("attention-cosine", "Swin-v2 windows 64", 64, (6, 6), 64, 64, 32, "quick", TWO),
+    Shape("attention-cosine", "1024 tokens", 2, (8, 8), 1024, 1024, 64, dtypes=TWO),
+    Shape("attention-euclidean", "256 tokens", 4, (8, 8), 256, 256, 64, "quick", F32),
+    Shape("attention-euclidean", "1024 tokens", 1, (8, 8), 1024, 1024, 64, dtypes=F32),
+]
+TEMPERATURE = 10.0
+
+
+def cases() -> Iterator[Case]:
+    for s in SHAPES:
+        for name in s.dtypes:
+            dtype = DTYPES[name]
+            decode = s.op == "attention-decode"
+            heads = str(s.heads[0]) if s.heads[0] == s.heads[1] else f"{s.heads[0]}/{s.heads[1]}"
+            length = str(s.q_len) if s.q_len == s.k_len else f"{s.q_len}x{s.k_len}"
+            width = s.head_dim * dtype.itemsize
+            yield Case(
+                "attention",
+                s.op,
+                s.name,
+                f"{s.batch}x{heads}x{length}x{s.head_dim}",
+                dtype,
+                partial(build, s),
+                flops=4.0 * s.batch * s.heads[0] * _visible(s) * s.head_dim,
+                bytes=2.0 * s.batch * (s.heads[0] * s.q_len + s.heads[1] * s.k_len) * width,
+                bound="read" if decode else "bf16_dot" if dtype is torch.bfloat16 else "fma",
+                level=s.level,
+            )
+
+
+def _visible(s: Shape) -> float:
+    """Query-key pairs per head that count."""
+    if s.op == "attention-causal":
+        return s.q_len * (s.q_len + 1) / 2
+    if s.op == "attention-lengths":
+        return s.q_len * _lengths(s).double().mean().item()
+    if s.op == "attention-window":
+        w = s.options["window"]
+        return s.q_len * w - w * (w - 1) / 2
+    return float(s.q_len * s.k_len)
+
+
+def _lengths(s: Shape) -> Tensor:
+    """Sentence lengths of a padded batch, from a third to all of it."""
+    return torch.linspace(s.k_len / 3, s.k_len, s.batch).long()
+
+
+def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
+    # (batch, length, heads, head_dim) in memory, as a model's projection leaves it
+    layout = "transposed"
+    q = randn(s.batch, s.heads[0], s.q_len, s.head_dim, dtype=dtype, layout=layout, seed=1).to(device)
+    k = randn(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=2).to(device)
+    v = randn(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=3).to(device)
+    if s.op == "attention-cosine":
+        return _cosine(q, k, v)
+    if s.op == "attention-euclidean":
+        return _euclidean(q, k, v)
+    options, theirs = dict(s.options), dict(s.options)
+    if s.op in ("attention-mask", "attention-lengths"):
+        lengths = _lengths(s).to(device)
+        theirs["attn_mask"] = (torch.arange(s.k_len, device=device) < lengths[:, None])[:, None, None, :]
+        options |= {"key_lengths": lengths} if s.op == "attention-lengths" else theirs
+    elif s.op == "attention-bias":
+        bias = randn(1, s.heads[0], s.q_len, s.k_len, dtype=dtype, seed=4).to(device)
+        options["attn_mask"] = theirs["attn_mask"] = bias
+    elif s.op == "attention-window":
+        behind = torch.arange(s.q_len, device=device)[:, None] - torch.arange(s.k_len, device=device)
+        theirs = {"attn_mask": (behind >= 0) & (behind < s.options["window"])}
+        options = {"is_causal": True, "window": (s.options["window"] - 1, 0)}
+    grouped = s.heads[0] != s.heads[1]
+    if grouped:
+        options["enable_gqa"] = theirs["enable_gqa"] = True
+    step = 1 if s.q_len <= LONGEST_WHOLE else 16
+    baselines = _sdpa(q, k, v, **theirs)
+    if grouped and s.q_len == 1:
+        rows = q.reshape(s.batch, s.heads[1], -1, s.head_dim)
+        baselines.append(Baseline("sdpa, heads as rows", partial(_heads_as_rows, rows, k, v, q.shape)))
+    return Problem(
+        partial(mmkern.scaled_dot_product_attention, q, k, v, **options),
+        baselines,
+        partial(_exact, q[:, :, ::step], k, v, options),
+        lambda output: output[:, :, ::step],
+    )
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> list[Baseline]:
+    """torch's own choice first, then each backend pinned: on CPU the math one, on CUDA all of them.
+
+    On CPU the choice is flash wherever flash can run, so pinning that too would time the same kernel twice.
+    """
+    call = partial(F.scaled_dot_product_attention, q, k, v, **kwargs)
+    pinned = [SDPBackend.MATH]
+    if q.device.type == "cuda":
+        pinned += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    return [Baseline("sdpa", call), *(Baseline(f"sdpa {b.name.lower()}", call, _pin(b)) for b in pinned)]
+
+
+def _pin(backend: SDPBackend) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: sdpa_kernel(backend)
+
+
+def _heads_as_rows(rows: Tensor, k: Tensor, v: Tensor, shape: torch.Size) -> Tensor:
+    """One new token with grouped heads: a group's queries are rows of one matrix, as transformers does it."""
+    return F.scaled_dot_product_attention(rows, k, v).view(shape)
+
+
+def _cosine(q: Tensor, k: Tensor, v: Tensor) -> Problem:
+    options: dict[str, Any] = {"similarity": "cosine", "temperature": TEMPERATURE}
+
+    def normalise_and_sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, scale=TEMPERATURE)
+
+    return Problem(
+        partial(mmkern.scaled_dot_product_attention, q, k, v, **options),
+        [Baseline("normalize + sdpa", normalise_and_sdpa)],
+        partial(_exact, q, k, v, options),
+    )
+
+
+def _euclidean(q: Tensor, k: Tensor, v: Tensor) -> Problem:
+    scale = 1 / math.sqrt(q.size(-1))
+    options: dict[str, Any] = {"similarity": "euclidean", "scale": scale}
+
+    def cdist_softmax_matmul() -> Tensor:
+        return (torch.cdist(q, k) * -scale).softmax(-1) @ v
+
+    return Problem(
+        partial(mmkern.scaled_dot_product_attention, q, k, v, **options),
+        [Baseline("cdist + softmax + matmul", cdist_softmax_matmul)],
+        partial(_exact, q, k, v, options),
+    )
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """The reference in float64, one key head at a time: all scores at once would not fit."""
+    q, k, v = (t.double() for t in (q, k, v))
+    bias = options.get("attn_mask")
+    if bias is not None and bias.is_floating_point():
+        bias = bias.double()
+    group = q.size(1) // k.size(1)
+    outputs = []
+    with mmkern.backend("reference"):
+        for i in range(k.size(1)):
+            heads = slice(i * group, (i + 1) * group)
+            mask = bias[:, heads] if bias is not None and bias.size(1) > 1 else bias
+            outputs.append(
+                mmkern.scaled_dot_product_attention(
+                    q[:, heads], k[:, i : i + 1], v[:, i : i + 1], **{**options, "attn_mask": mask}
+                )
+            )
+    return torch.cat(outputs, 1)

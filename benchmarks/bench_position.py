@@ -1,0 +1,132 @@
+"""Positional encodings, against the formulas models write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmkern
+from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
+from mmkern.testing import randn
+
+# op, name, shape, layout or encoding, level; rotary: batch, query heads, key heads, length, head dim;
+# add: batch, length, dim; embed: batch, length, dim, vocabulary
+SHAPES: list[tuple[str, str, tuple[int, ...], str, str]] = [
+    ("rotary", "smallest", (1, 1, 1, 16, 64), "half", "quick"),
+    ("rotary", "Llama decode", (8, 32, 8, 1, 128), "half", "quick"),
+    ("rotary", "Llama prefill 512", (1, 32, 8, 512, 128), "half", "quick"),
+    ("rotary", "Llama prefill 4096", (1, 32, 8, 4096, 128), "half", "default"),
+    ("rotary", "GPT-J 1024 interleaved", (2, 12, 12, 1024, 64), "interleaved", "default"),
+    ("rotary", "8x12x1024", (8, 12, 12, 1024, 64), "half", "default"),
+    ("add_positional_encoding", "smallest", (1, 16, 64), "sinusoidal", "quick"),
+    ("add_positional_encoding", "Transformer 512", (8, 512, 512), "sinusoidal", "quick"),
+    ("add_positional_encoding", "8x1024x768", (8, 1024, 768), "sinusoidal", "default"),
+    ("add_positional_encoding", "ViT-B/16 learned", (32, 197, 768), "learned", "default"),
+    ("add_positional_encoding", "8x1024x768 scalar", (8, 1024, 768), "scalar", "default"),
+    ("embed_tokens", "BERT-base 128", (32, 128, 768, 30522), "learned", "default"),
+    ("embed_tokens", "Transformer 512", (8, 512, 512, 37000), "sinusoidal", "quick"),
+]
+
+
+def cases() -> Iterator[Case]:
+    for op, name, shape, kind, level in SHAPES:
+        for dtype in (DTYPES["float32"], DTYPES["bfloat16"]):
+            if op == "rotary":
+                batch, q_heads, k_heads, length, dim = shape
+                elements = batch * (q_heads + k_heads) * length * dim
+                dims = f"{batch}x{q_heads}/{k_heads}x{length}x{dim}"
+            else:
+                elements = math.prod(shape[:3])
+                dims = "x".join(map(str, shape[:3]))
+            table = math.prod(shape[1:3]) if kind == "learned" else 0
+            moved = (2.0 * elements + table) * dtype.itemsize
+            build = partial({"rotary": _rotary, "embed_tokens": _embed}.get(op, _add), shape, kind)
+            flops = (3.0 if op == "rotary" else 2.0) * elements
+            yield Case("position", op, name, dims, dtype, build, flops, moved, "copy", level)
+
+
+def _rotary(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Problem:
+    batch, q_heads, k_heads, length, dim = shape
+    q = randn(batch, q_heads, length, dim, dtype=dtype, layout="transposed", seed=1).to(device)
+    k = randn(batch, k_heads, length, dim, dtype=dtype, layout="transposed", seed=2).to(device)
+    first = 777 if length == 1 else 0  # decode: one token, late in the sequence
+    positions = torch.arange(first, first + length, device=device)
+    # a model makes these once per step and shares them over its layers, so making them is not timed
+    angles = positions.double()[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=device).double() / dim)
+    angles = torch.cat([angles, angles], -1) if layout == "half" else angles.repeat_interleave(2, -1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def rotate_half(x: Tensor) -> Tensor:
+        if layout == "half":
+            return torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+
+    def usual() -> tuple[Tensor, Tensor]:
+        return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+    def exact() -> Any:
+        with mmkern.backend("reference"):
+            return mmkern.rotary(q.double(), k.double(), positions, layout=layout)
+
+    return Problem(
+        partial(mmkern.rotary, q, k, positions, layout=layout), [Baseline("x * cos + rotate(x) * sin", usual)], exact
+    )
+
+
+def _sinusoidal(length: int, dim: int) -> Tensor:
+    angles = torch.arange(length).double()[:, None] * 10000.0 ** (-torch.arange(0, dim, 2).double() / dim)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+def _table(kind: str, length: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
+    if kind == "learned":
+        return randn(length, dim, dtype=dtype, seed=3).to(device)
+    if kind == "scalar":
+        positions = torch.arange(length).double()[:, None] / 10000.0
+        return (positions.sin() + positions.cos()).to(dtype).to(device)
+    return _sinusoidal(length, dim).to(dtype).to(device)
+
+
+def _encoded(values: Callable[[], Tensor], table: Tensor, scale: float) -> list[Baseline]:
+    return [
+        Baseline("x * scale + table", lambda: values() * scale + table),
+        Baseline("torch.add(table, x, alpha)", lambda: torch.add(table, values(), alpha=scale)),
+    ]
+
+
+def _add(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
+    batch, length, dim = shape
+    x = randn(batch, length, dim, dtype=dtype, seed=1).to(device)
+    table, scale = _table(kind, length, dim, dtype, device), math.sqrt(dim)
+    encoding = table if kind == "learned" else kind
+
+    def exact() -> Tensor:
+        with mmkern.backend("reference"):
+            return mmkern.add_positional_encoding(
+                x.double(), encoding.double() if isinstance(encoding, Tensor) else encoding, scale=scale
+            )
+
+    ours = partial(mmkern.add_positional_encoding, x, encoding, scale=scale)
+    return Problem(ours, _encoded(lambda: x, table, scale), exact)
+
+
+def _embed(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
+    batch, length, dim, vocabulary = shape
+    weight = randn(vocabulary, dim, dtype=dtype, seed=1).to(device)
+    tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(2)).to(device)
+    table, scale = _table(kind, length, dim, dtype, device), math.sqrt(dim)
+    encoding = table if kind == "learned" else kind
+
+    def exact() -> Tensor:
+        with mmkern.backend("reference"):
+            wide = encoding.double() if isinstance(encoding, Tensor) else encoding
+            return mmkern.embed_tokens(tokens, weight.double(), wide, scale=scale)
+
+    ours = partial(mmkern.embed_tokens, tokens, weight, encoding, scale=scale)
+    return Problem(ours, _encoded(lambda: F.embedding(tokens, weight), table, scale), exact)

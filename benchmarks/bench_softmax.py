@@ -1,0 +1,104 @@
+"""Softmax and its relatives at the sizes models have: attention scores, vocabularies, expert routers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mmkern
+from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
+from mmkern.testing import randn
+
+# name, shape, dim, level
+SHAPES: list[tuple[str, tuple[int, ...], Any, str]] = [
+    ("smallest", (8, 32), -1, "quick"),
+    ("classes 256x1000", (256, 1000), -1, "quick"),
+    ("expert router", (8192, 64), -1, "default"),
+    ("BERT-base scores 128", (8, 12, 128, 128), -1, "default"),
+    ("4096 square", (4096, 4096), -1, "quick"),
+    ("Llama-2 vocabulary", (512, 32000), -1, "default"),
+    ("Llama-3 vocabulary", (128, 128256), -1, "full"),
+    ("channels of an image", (8, 64, 56, 56), 1, "default"),
+]
+# name, shape of the scores, what is added or hidden, level
+MASKED: list[tuple[str, tuple[int, ...], Any, str]] = [
+    ("BERT-base padded 128", (8, 12, 128, 128), "padding", "quick"),
+    ("BERT-base padded 512", (2, 12, 512, 512), "padding", "default"),
+    ("T5-base bias 512", (1, 12, 512, 512), "bias", "default"),
+    ("4096 square", (4096, 4096), "mask", "default"),
+]
+
+
+def cases() -> Iterator[Case]:
+    for name, dtype in DTYPES.items():
+        rows = [("softmax", partial(_plain, "softmax", row[1], row[2]), row, 0) for row in SHAPES]
+        if name != "float16":
+            rows += [("log_softmax", partial(_plain, "log_softmax", row[1], row[2]), row, 0) for row in SHAPES]
+            extra = {"padding": 0, "bias": dtype.itemsize, "mask": 1}
+            rows += [("masked_softmax", partial(_masked, row[1], row[2]), row, extra[row[2]]) for row in MASKED]
+        for op, build, (shape_name, shape, _, level), read in rows:
+            yield Case(
+                family="softmax",
+                op=op,
+                shape=shape_name,
+                dims="x".join(map(str, shape)),
+                dtype=dtype,
+                build=build,
+                flops=14.0 * math.prod(shape),  # maximum, subtraction, exp (about 10), sum, scaling
+                bytes=math.prod(shape) * (2.0 * dtype.itemsize + read),
+                bound="copy",
+                level=level,
+            )
+
+
+def _plain(op: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str) -> Problem:
+    x = randn(*shape, dtype=dtype, scale=3.0).to(device)
+    ours = {"softmax": mmkern.softmax, "log_softmax": mmkern.log_softmax}[op]
+    theirs = getattr(torch, op)
+    return Problem(partial(ours, x, dim), [Baseline(op, partial(theirs, x, dim))], _exact(ours, x, dim=dim))
+
+
+def _masked(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
+    x = randn(*shape, dtype=dtype, scale=3.0).to(device)
+    mask = bias = None
+    if kind == "padding":
+        lengths = torch.linspace(shape[-1] / 3, shape[-1], shape[0]).long()
+        mask = (torch.arange(shape[-1]) < lengths[:, None])[:, None, None, :].to(device)
+    elif kind == "mask":
+        mask = (randn(*shape, seed=1) > -1).to(device)
+    else:
+        bias = randn(*shape, dtype=dtype, seed=2).to(device)
+    scale = 0.125
+
+    def eager() -> Tensor:
+        scores = x * scale
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(-1)
+
+    def in_place() -> Tensor:
+        scores = torch.add(bias, x, alpha=scale) if bias is not None else x * scale
+        if mask is not None:
+            scores.masked_fill_(~mask, -math.inf)
+        return torch.softmax(scores, -1, out=scores)
+
+    return Problem(
+        partial(mmkern.masked_softmax, x, mask, scale=scale, bias=bias),
+        [Baseline("scale + mask + softmax", eager), Baseline("the same in place", in_place)],
+        _exact(mmkern.masked_softmax, x, mask=mask, scale=scale, bias=bias if bias is None else bias.double()),
+    )
+
+
+def _exact(op: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Callable[[], Tensor]:
+    def reference() -> Tensor:
+        with mmkern.backend("reference"):
+            return op(x.double(), **kwargs)
+
+    return reference

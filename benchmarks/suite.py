@@ -1,0 +1,34 @@
+"""All cases, and which of them a run takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmkern.benchmarks import bench_attention, bench_position, bench_softmax
+from mmkern.benchmarks.measure import DTYPES, LEVELS, Case
+
+FAMILIES = {"attention": bench_attention, "softmax": bench_softmax, "position": bench_position}
+
+
+def select(ops: Sequence[str] = (), dtypes: Sequence[str] = (), level: str = "default") -> list[Case]:
+    """Cases of the named ops or families (all if none), dtypes (all) and levels up to `level`, table order.
+
+    Raises:
+        ValueError: a name that no case has, with those that exist.
+    """
+    every = [case for module in FAMILIES.values() for case in module.cases()]
+    known = [*FAMILIES, *dict.fromkeys(case.op for case in every)]
+    for given, names in ((ops, known), (dtypes, [*DTYPES]), ([level], LEVELS)):
+        for name in given:
+            if name not in names:
+                raise ValueError(f"no such name: {name!r}; choose from {', '.join(dict.fromkeys(names))}")
+    levels = LEVELS[: LEVELS.index(level) + 1]
+    order = {op: i for i, op in enumerate(dict.fromkeys(case.op for case in every))}
+    chosen = [
+        case
+        for case in every
+        if (not ops or case.op in ops or case.family in ops)
+        and (not dtypes or case.dtype_name in dtypes)
+        and case.level in levels
+    ]
+    return sorted(chosen, key=lambda case: (order[case.op], [*DTYPES.values()].index(case.dtype)))

@@ -1,0 +1,210 @@
+"""Positional encodings added to activations or to looked-up embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkern import reference
+from mmkern.ops.dispatch import Op
+
+ENCODINGS = ("sinusoidal", "scalar", "sincos2d")
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _refuse_dtype(dtype: torch.dtype) -> str | None:
+    return "the CPU kernels take float32, bfloat16 and float16, not torch.float64" if dtype == torch.float64 else None
+
+
+def _refuse_add(
+    x: Tensor, encoding: str, table: Tensor | None, offset: int, offsets: Tensor | None, scale: float, dropout_p: float
+) -> str | None:
+    return "dropout has no CPU kernel" if dropout_p else _refuse_dtype(x.dtype)
+
+
+def _refuse_embed(tokens: Tensor, *rest: Any) -> str | None:
+    return _refuse_add(*rest[:-1])
+
+
+def _has_rows(x: Tensor) -> bool:
+    return (x.shape[-1] <= 1 or x.stride(-1) == 1) and (x.dim() <= 4 or x.is_contiguous())
+
+
+def _empty_rows(x: Tensor) -> Tensor:
+    """What the kernels allocate for x (csrc/cpu/tensor.h: empty_rows)."""
+    out = torch.empty_like(x)
+    return out if _has_rows(x) and _has_rows(out) else torch.empty_like(x.contiguous())
+
+
+_add = Op(
+    "add_positional_encoding_fwd(Tensor x, str encoding, Tensor? table, SymInt offset, Tensor? offsets, float scale, "
+    "float dropout_p) -> Tensor",
+    reference=reference.add_positional_encoding,
+    fake=lambda x, *_: _empty_rows(x),
+    kernels={"cpu": _refuse_add},
+)
+_embed = Op(
+    "embed_tokens_fwd(Tensor tokens, Tensor weight, str encoding, Tensor? table, SymInt offset, Tensor? offsets, "
+    "float scale, float dropout_p, int? padding_idx) -> Tensor",
+    reference=reference.embed_tokens,
+    fake=lambda tokens, weight, *_: weight.new_empty(*tokens.shape, weight.shape[1]),
+    kernels={"cpu": _refuse_embed},
+)
+
+
+def add_positional_encoding(
+    x: Tensor,
+    encoding: str | Tensor = "sinusoidal",
+    *,
+    offset: int | Tensor = 0,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`dropout(scale * x + encoding)`, row t of x at position `offset + t`, in one pass over x.
+
+    Args:
+        x: (..., length, dim), float32, bfloat16, float16 or float64; for "sincos2d" (..., height, width, dim).
+            Read where it lies if its last dim is contiguous.
+        encoding:
+            "sinusoidal" (Vaswani et al. 2017, "Attention is all you need"): channel 2i is
+            sin(position / 10000^(2i / dim)), channel 2i+1 its cosine. dim may be odd.
+            "scalar": sin(position / 10000) + cos(position / 10000) in every channel.
+            "sincos2d", for image grids, as MAE and ViT have it (He et al. 2022): the first half of the channels
+            encodes the column, the second the row; in each half, dim/4 sines, then as many cosines, with
+            frequencies 10000^(-4i / dim). dim must be divisible by 4, offset 0.
+            A tensor (max_length, dim) of x's dtype: a learned table, which gets a gradient.
+        offset: position of the first row, >= 0; or int64 tensor (x.shape[0],), one per batch entry (a cache's lengths).
+        scale: factor on x, usually 1 or sqrt(dim).
+        dropout_p: probability in [0, 1] of zeroing an element; the others grow by 1 / (1 - dropout_p).
+
+    Returns:
+        x's shape and dtype; x's strides if its last dim is contiguous and it has up to four dims, else contiguous.
+        Sines and cosines are within 3e-7 up to position 2^28, with the same bits at a position whatever the offset.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, an unknown encoding, a negative offset, dropout_p.
+        IndexError: offset + length exceeds the table's max_length.
+
+    Example:
+        >>> import mmkern, torch
+        >>> mmkern.add_positional_encoding(torch.zeros(1, 2, 4))
+        tensor([[[0.0000, 1.0000, 0.0000, 1.0000],
+                 [0.8415, 0.5403, 0.0100, 0.9999]]])
+    """
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
+        raise TypeError(f"x: expected a floating-point tensor, got {_kind(x)}")
+    if x.dim() < 2:
+        raise ValueError(f"x: expected (..., length, dim), got shape {tuple(x.shape)}")
+    where = _positions("x", encoding, offset, x.shape, x.dtype)
+    _check_dropout(dropout_p)
+    return _add(x, *where, float(scale), float(dropout_p))
+
+
+def embed_tokens(
+    tokens: Tensor,
+    weight: Tensor,
+    encoding: str | Tensor | None = None,
+    *,
+    offset: int | Tensor = 0,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`dropout(scale * weight[tokens] + encoding)`: lookup, scale and positions in one pass.
+
+    Args:
+        tokens: (..., length), int32 or int64, each in [0, vocabulary).
+        weight: (vocabulary, dim), float32, bfloat16, float16 or float64.
+        encoding: None, or as in `add_positional_encoding`, without "sincos2d".
+        offset: as there; a tensor has shape (tokens.shape[0],).
+        scale: factor on the looked-up rows (Vaswani et al. 2017 use sqrt(dim)).
+        dropout_p: as in `add_positional_encoding`.
+        padding_idx: row of weight that gets no gradient, as in `torch.nn.functional.embedding`.
+
+    Returns:
+        (..., length, dim), contiguous, dtype of weight.
+
+    Raises:
+        TypeError, ValueError: as `add_positional_encoding`. IndexError: a token outside the vocabulary, a position
+        outside the table, padding_idx outside weight; nothing has been written then.
+
+    Example:
+        >>> import mmkern, torch
+        >>> mmkern.embed_tokens(torch.tensor([1, 0]), torch.eye(2), scale=3.0)
+        tensor([[0., 3.],
+                [3., 0.]])
+    """
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens: expected an int64 or int32 tensor, got {_kind(tokens)}")
+    if not isinstance(weight, Tensor) or weight.dtype not in _FLOATING:
+        raise TypeError(f"weight: expected a floating-point tensor, got {_kind(weight)}")
+    if tokens.dim() < 1 or weight.dim() != 2:
+        raise ValueError(
+            f"expected tokens (..., length) and weight (vocabulary, dim), "
+            f"got {tuple(tokens.shape)} and {tuple(weight.shape)}"
+        )
+    if isinstance(encoding, str) and encoding == "sincos2d":
+        raise ValueError("encoding: 'sincos2d' is for image grids; tokens take 'sinusoidal', 'scalar' or a table")
+    vocabulary, dim = weight.shape
+    where = _positions("tokens", "none" if encoding is None else encoding, offset, (*tokens.shape, dim), weight.dtype)
+    _check_dropout(dropout_p)
+    if padding_idx is not None:
+        if not -vocabulary <= padding_idx < vocabulary:
+            raise IndexError(f"padding_idx: {padding_idx} is outside the vocabulary of {vocabulary} rows of weight")
+        padding_idx %= vocabulary
+    return _embed(tokens, weight, *where, float(scale), float(dropout_p), padding_idx)
+
+
+def _positions(
+    name: str, encoding: str | Tensor, offset: int | Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[str, Tensor | None, int, Tensor | None]:
+    """The checked schema arguments (encoding, table, offset, offsets) for activations of `shape`."""
+    length, dim = shape[-2], shape[-1]
+    table: Tensor | None = None
+    offsets: Tensor | None = None
+    if not isinstance(encoding, str):
+        table, kind = encoding, "table"
+        if not isinstance(table, Tensor):
+            raise TypeError(f"encoding: expected a name or a tensor, got {_kind(table)}")
+        if table.dim() != 2 or table.shape[1] != dim:
+            raise ValueError(f"encoding: expected a table (max_length, {dim}), got shape {tuple(table.shape)}")
+        if table.dtype != dtype:
+            raise TypeError(f"encoding: the table has {table.dtype}, what it is added to {dtype}")
+    else:
+        kind = encoding
+        if kind == "sincos2d" and (len(shape) < 3 or dim % 4):
+            raise ValueError(
+                f"{name}: 'sincos2d' takes (..., height, width, dim) with dim divisible by 4, got shape {tuple(shape)}"
+            )
+        if kind != "none" and kind not in ENCODINGS:
+            raise ValueError(f"encoding: expected a tensor or one of {', '.join(ENCODINGS)}, got {encoding!r}")
+    if isinstance(offset, Tensor):
+        offsets, offset = offset, 0
+        if offsets.dtype != torch.int64:
+            raise TypeError(f"offset: expected an int or an int64 tensor, got {_kind(offsets)}")
+        if len(shape) < 3 or offsets.shape != shape[:1]:
+            raise ValueError(
+                f"offset: expected one per batch entry of {name}, got shape {tuple(offsets.shape)} for {tuple(shape)}"
+            )
+    elif not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"offset: expected an int or an int64 tensor, got {_kind(offset)}")
+    elif offset < 0:
+        raise ValueError(f"offset: expected an int >= 0 or an int64 tensor, got {offset!r}")
+    elif table is not None and offset + length > table.shape[0]:
+        raise IndexError(
+            f"offset: {offset} + length {length} = {offset + length} exceeds max_length {table.shape[0]} of the table"
+        )
+    if kind == "sincos2d" and (offsets is not None or offset):
+        raise ValueError("offset: 'sincos2d' takes none, a grid starts at row 0, column 0")
+    return kind, table, offset, offsets
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p!r}")
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

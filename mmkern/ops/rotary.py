@@ -1,0 +1,162 @@
+"""Positions told by turning queries and keys (rotary), and by a bias on the scores (ALiBi)."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from mmkern import reference
+from mmkern.ops.dispatch import Op
+from mmkern.ops.position import _FLOATING, _empty_rows, _kind, _refuse_dtype
+
+_rotary = Op(
+    "rotary_fwd(Tensor q, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid) -> Tensor",
+    reference=reference.rotary,
+    fake=lambda q, *_: _empty_rows(q),
+    kernels={"cpu": lambda q, *_: _refuse_dtype(q.dtype)},
+)
+_rotary_qk = Op(
+    "rotary_qk_fwd(Tensor q, Tensor k, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid)"
+    " -> (Tensor, Tensor)",
+    reference=reference.rotary_qk,
+    fake=lambda q, k, *_: (_empty_rows(q), _empty_rows(k)),
+    kernels={"cpu": lambda q, *_: _refuse_dtype(q.dtype)},
+)
+
+
+@overload
+def rotary(
+    q: Tensor,
+    k: None = None,
+    positions: Tensor | None = None,
+    *,
+    base: float = ...,
+    layout: str = ...,
+    rotary_dim: int | None = ...,
+    grid: tuple[int, int] | None = ...,
+) -> Tensor: ...
+@overload
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor | None = None,
+    *,
+    base: float = ...,
+    layout: str = ...,
+    rotary_dim: int | None = ...,
+    grid: tuple[int, int] | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def rotary(
+    q: Tensor,
+    k: Tensor | None = None,
+    positions: Tensor | None = None,
+    *,
+    base: float = 10000.0,
+    layout: str = "half",
+    rotary_dim: int | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Rotary position embedding (Su et al. 2021, "RoFormer") of queries and keys, both in one pass.
+
+    Pair i of the first `rotary_dim` channels of a row at position p is turned by p * base^(-2i / rotary_dim)
+    radians: (a, b) becomes (a cos - b sin, b cos + a sin). The other channels stay.
+
+    Args:
+        q: (..., length, dim), float32, bfloat16, float16 or float64; any strides with the last dim contiguous are
+            read where they lie, so a transposed (batch, length, heads, dim) projection is not copied.
+        k: q's rank, length, dim and dtype, and q's batch (first of four or more dims); the heads may differ.
+            None turns q alone.
+        positions: int64 (length,), or (batch, length) with batch = q.shape[0]; None: 0, 1, 2, ...
+        base: > 0; 10000 in the paper, 500000 in Llama 3.
+        layout: "half" pairs channels (i, i + rotary_dim/2), as GPT-NeoX and Llama do (rotate_half); "interleaved" pairs
+            (2i, 2i+1), as the paper and GPT-J do.
+        rotary_dim: even, at most dim; None: dim.
+        grid: (height, width): 2-D axial rotary for images. Position p is row p // width, column p % width; the first
+            half of the pairs turns by the row, the second by the column, each with base^(-4i / rotary_dim), i counted
+            within the half. rotary_dim must be divisible by 4, and without positions length = height * width.
+
+    Returns:
+        q turned, or (q turned, k turned): q's and k's shapes and dtypes, and their strides where the last
+            dim is contiguous and there are up to four dims, else contiguous.
+        Angles are exact to 1e-9 radians up to position 2^20.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes and options.
+
+    Example:
+        >>> import mmkern, torch
+        >>> mmkern.rotary(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        tensor([[1.0000, 0.0000],
+                [0.5403, 0.8415]])
+    """
+    if not isinstance(q, Tensor) or q.dtype not in _FLOATING:
+        raise TypeError(f"q: expected a floating-point tensor, got {_kind(q)}")
+    if q.dim() < 2:
+        raise ValueError(f"q: expected (..., length, dim), got shape {tuple(q.shape)}")
+    shape = q.shape
+    length, dim = shape[-2], shape[-1]
+    if k is not None:
+        k_shape = k.shape if isinstance(k, Tensor) else ()
+        if not isinstance(k, Tensor) or k.dtype != q.dtype:
+            raise TypeError(f"k: expected a tensor of q's dtype {q.dtype}, got {_kind(k)}")
+        same = len(k_shape) == len(shape) and k_shape[-2] == length and k_shape[-1] == dim
+        if not same or (len(shape) > 3 and k_shape[0] != shape[0]):
+            raise ValueError(
+                f"k: expected q's rank, batch, length and dim, got k {tuple(k.shape)} and q {tuple(q.shape)}"
+            )
+    if positions is not None:
+        if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
+            raise TypeError(f"positions: expected an int64 tensor, got {_kind(positions)}")
+        if positions.shape != (length,) and (q.dim() < 3 or positions.shape != (q.shape[0], length)):
+            raise ValueError(
+                f"positions: expected (length,) or (batch, length), got {tuple(positions.shape)} for q {tuple(q.shape)}"
+            )
+        if k is not None and positions.dim() == 2 and k.shape[0] != q.shape[0]:
+            raise ValueError(f"k: expected q's batch with 2-D positions, got k {tuple(k.shape)} and q {tuple(q.shape)}")
+    if layout not in ("half", "interleaved"):
+        raise ValueError(f"layout: expected 'half' or 'interleaved', got {layout!r}")
+    if not base > 0:
+        raise ValueError(f"base: expected a number above 0, got {base!r}")
+    rotary_dim = dim if rotary_dim is None else rotary_dim
+    if not 0 < rotary_dim <= dim or rotary_dim % (2 if grid is None else 4):
+        need = "even" if grid is None else "divisible by 4 with a grid"
+        raise ValueError(f"rotary_dim: expected 1..dim = {dim} and {need}, got {rotary_dim}")
+    if grid is not None:
+        height, width = grid
+        if height < 1 or width < 1 or (positions is None and height * width != length):
+            raise ValueError(f"grid: expected height * width = length {length} without positions, got {grid!r}")
+    where = (positions, float(base), layout, rotary_dim, grid)
+    return _rotary(q, *where) if k is None else _rotary_qk(q, k, *where)
+
+
+def alibi_slopes(
+    num_heads: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Tensor:
+    """Slopes of attention with linear biases (Press et al. 2022, "Train short, test long").
+
+    For n = num_heads a power of two, slope h is 2^(-8 (h + 1) / n). Otherwise those of the power of two below n come
+    first, then every other slope of the power of two above, as the paper's code has it.
+
+    Args:
+        num_heads: number of attention heads, at least 1.
+        dtype, device: of the result.
+
+    Returns:
+        (num_heads,); the bias of key j for query i in head h is -slope[h] * (i - j).
+
+    Raises:
+        ValueError: num_heads < 1.
+
+    Example:
+        >>> import mmkern
+        >>> mmkern.alibi_slopes(3)
+        tensor([0.0625, 0.0039, 0.2500])
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    below = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (h + 1) / below) for h in range(below)]
+    slopes += [2.0 ** (-4 * (h + 1) / below) for h in range(0, 2 * (num_heads - below), 2)]
+    return torch.tensor(slopes, dtype=dtype, device=device)

@@ -1,0 +1,80 @@
+"""Positional encodings by their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def positional_encoding(encoding: str, positions: Tensor, dim: int) -> Tensor:
+    """float64 encoding (..., dim) of `positions` (...); "sincos2d" takes (..., 2): row, column."""
+    if encoding == "scalar":
+        angle = positions.double() / 10000
+        return (angle.sin() + angle.cos()).unsqueeze(-1).expand(*angle.shape, dim)
+    if encoding == "sincos2d":
+        column, row = positions[..., 1], positions[..., 0]
+        return torch.cat([_sin_cos(column, dim / 4), _sin_cos(row, dim / 4)], -2).flatten(-2)
+    pairs = _sin_cos(positions, dim / 2)
+    return pairs.transpose(-1, -2).flatten(-2)[..., :dim]
+
+
+def _sin_cos(positions: Tensor, n: float) -> Tensor:
+    """(..., 2, ceil(n)): sine and cosine of position / 10000^(i / n)."""
+    i = torch.arange(math.ceil(n), device=positions.device, dtype=torch.float64)
+    angle = positions.double().unsqueeze(-1) * 10000.0 ** (-i / n)
+    return torch.stack([angle.sin(), angle.cos()], -2)
+
+
+def add_positional_encoding(
+    x: Tensor, encoding: str, table: Tensor | None, offset: int, offsets: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    """dropout(scale * x + encoding at each position); float16 and bfloat16 are computed in float32."""
+    length, dim = x.shape[-2:]
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    out = scale * x.to(wide)
+    if encoding == "sincos2d":
+        row, column = torch.arange(x.shape[-3], device=x.device), torch.arange(length, device=x.device)
+        out = out + positional_encoding(encoding, torch.cartesian_prod(row, column), dim).view(x.shape[-3:]).to(wide)
+    elif encoding != "none":
+        positions = torch.arange(length, device=x.device) + offset
+        if offsets is not None:  # (batch, 1..., length)
+            positions = positions + offsets.view(-1, *[1] * (x.dim() - 2))
+        if table is None:
+            rows = positional_encoding(encoding, positions, dim)
+        else:
+            _check_range(
+                positions, table.shape[0], f"offset: positions beyond max_length {table.shape[0]} of the table"
+            )
+            rows = F.embedding(positions, table)
+        out = out + rows.to(wide)
+    return F.dropout(out.to(x.dtype), dropout_p)
+
+
+def embed_tokens(
+    tokens: Tensor,
+    weight: Tensor,
+    encoding: str,
+    table: Tensor | None,
+    offset: int,
+    offsets: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    padding_idx: int | None,
+) -> Tensor:
+    """add_positional_encoding(weight[tokens], ...); row `padding_idx` of weight gets no gradient."""
+    _check_range(
+        tokens, weight.shape[0], f"tokens: an id is outside the vocabulary of {weight.shape[0]} rows of weight"
+    )
+    x = F.embedding(tokens, weight, padding_idx)
+    return add_positional_encoding(x, encoding, table, offset, offsets, scale, dropout_p)
+
+
+def _check_range(index: Tensor, end: int, message: str) -> None:
+    if torch.compiler.is_compiling() or index.numel() == 0:
+        return
+    low, high = index.aminmax()
+    if low < 0 or high >= end:
+        raise IndexError(f"{message} ({int(low)}..{int(high)})")
