@@ -111,7 +111,6 @@ def _embed(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -
     table, scale = _table(kind, length, dim, dtype, device), math.sqrt(dim)
     rounded = table.to(dtype)
     encoding = rounded if kind == "learned" else kind
-    rows = partial(F.embedding, tokens, weight)
     return Problem(
         partial(mmkern.embed_tokens, tokens, weight, encoding, scale=scale),
         [
