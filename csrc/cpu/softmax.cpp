@@ -35,7 +35,7 @@ struct Loop {
 };
 
 void run(SoftmaxKind kind, const Tensor& x, int64_t dim, const MaybeTensor& mask, double scale,
-         const MaybeTensor& bias, const Tensor& out) {
+         const MaybeTensor& bias, const Tensor& out, bool fresh = true) {
   if (x.numel() == 0) return;
   const int64_t last = x.dim() - 1;
   const Tensor* tensors[4] = {&x, mask ? &*mask : nullptr, bias ? &*bias : nullptr, &out};
@@ -67,6 +67,7 @@ void run(SoftmaxKind kind, const Tensor& x, int64_t dim, const MaybeTensor& mask
   a.cols = x.size(dim);
   a.inner = dim == last ? 1 : x.size(last);
   a.scale = float(scale);
+  a.fresh = fresh;
   softmax(a);
 }
 
@@ -83,10 +84,10 @@ Tensor log_softmax_fwd(const Tensor& x, int64_t dim) {
   return out;
 }
 void softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
-  run(SoftmaxKind::softmax, x, dim, {}, 1.0, {}, out);
+  run(SoftmaxKind::softmax, x, dim, {}, 1.0, {}, out, false);
 }
 void log_softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
-  run(SoftmaxKind::log_softmax, x, dim, {}, 1.0, {}, out);
+  run(SoftmaxKind::log_softmax, x, dim, {}, 1.0, {}, out, false);
 }
 Tensor masked_softmax_fwd(const Tensor& x, const MaybeTensor& mask, double scale,
                           const MaybeTensor& bias, int64_t dim, double dropout_p,

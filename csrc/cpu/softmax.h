@@ -29,6 +29,7 @@ struct SoftmaxArgs {
   int64_t cols;   // elements summed over
   int64_t inner;  // neighbouring rows worked on side by side; 1 where the last dim is summed over
   float scale;    // masked only: scores are scale * x + bias + mask
+  bool fresh;  // out was allocated for this call: its first write brings its pages into the cache
 };
 
 MMKERN_KERNEL(softmax, SoftmaxArgs)

@@ -106,9 +106,9 @@ class Softmax {
   void run() {
     int64_t rows = 1;
     for (int d = 0; d < a_.outer_dims; ++d) rows *= a_.outer_sizes[d];
-    // A softmax in place finds its output in the cache.
-    stream_ =
-        rows * a_.inner * a_.cols * int64_t(sizeof(T)) >= kStreamBytes && a_.x.data != a_.out.data;
+    // Only memory that exists and is not the input's is better written past the caches.
+    const int64_t bytes = rows * a_.inner * a_.cols * int64_t(sizeof(T));
+    stream_ = bytes >= kStreamBytes && !a_.fresh && a_.x.data != a_.out.data;
     // A unit is a row, or as many neighbouring rows as are worked on side by side.
     const int64_t width = a_.inner == 1 ? 1 : kColumnVecs * kLanes;
     const int64_t blocks = (a_.inner + width - 1) / width, units = rows * blocks;
@@ -188,6 +188,8 @@ class Softmax {
     const Vec shift = set1(row_max(x, a_.cols));
     Sum sum;
     for (int64_t j = 0; j < whole; j += kLanes) {
+      __builtin_prefetch(x + a_.cols +
+                         j);  // the next row comes from memory while this one computes
       const Vec v = exp(load(x + j) - shift);
       if (!kLog) store(e + j, v);
       sum.add(v);
