@@ -10,6 +10,10 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
+// Fewer neighbouring rows are walked one by one: side by side they would fill half a vector at
+// most.
+constexpr int64_t kFewestColumns = 8;
+
 // Outer dims in order, neighbours joined where every operand steps through both as through one.
 struct Loop {
   std::vector<int64_t> sizes;
@@ -37,17 +41,29 @@ struct Loop {
 void run(SoftmaxKind kind, const Tensor& x, int64_t dim, const MaybeTensor& mask, double scale,
          const MaybeTensor& bias, const Tensor& out) {
   if (x.numel() == 0) return;
-  const int64_t last = x.dim() - 1;
   const Tensor* tensors[4] = {&x, mask ? &*mask : nullptr, bias ? &*bias : nullptr, &out};
   const auto stride = [&](int i, int64_t d) { return tensors[i] ? tensors[i]->stride(d) : 0; };
+  // The dims after `dim` as one, as far as every operand steps through them as through one; the
+  // first of them that does not join stays an outer dim, as do all before it.
+  int64_t inner = 1, inner_stride[4] = {1, 0, 0, 1}, split = x.dim();
+  for (int64_t d = x.dim() - 1; d > dim; --d, --split) {
+    if (x.size(d) == 1) continue;
+    bool joins = true;
+    for (int i = 0; i < 4 && inner > 1; ++i) joins &= stride(i, d) == inner_stride[i] * inner;
+    if (!joins) break;
+    for (int i = 0; i < 4 && inner == 1; ++i) inner_stride[i] = stride(i, d);
+    inner *= x.size(d);
+  }
+  if (inner < kFewestColumns || inner_stride[0] != 1 || inner_stride[3] != 1) {
+    inner = 1, split = x.dim();
+  }
   Loop loop;
-  for (int64_t d = 0; d <= last; ++d) {
-    if (d == dim || (d == last && dim != last)) continue;
-    loop.add(x.size(d), {stride(0, d), stride(1, d), stride(2, d), stride(3, d)});
+  for (int64_t d = 0; d < split; ++d) {
+    if (d != dim) loop.add(x.size(d), {stride(0, d), stride(1, d), stride(2, d), stride(3, d)});
   }
   const auto operand = [&](int i, const void* data) {
     return SoftmaxOperand{const_cast<void*>(data), loop.strides[i].data(), stride(i, dim),
-                          dim == last ? 0 : stride(i, last)};
+                          inner == 1 ? 0 : inner_stride[i]};
   };
   SoftmaxArgs a{};
   a.kind = kind;
@@ -65,7 +81,7 @@ void run(SoftmaxKind kind, const Tensor& x, int64_t dim, const MaybeTensor& mask
   a.outer_dims = int(loop.sizes.size());
   a.outer_sizes = loop.sizes.data();
   a.cols = x.size(dim);
-  a.inner = dim == last ? 1 : x.size(last);
+  a.inner = inner;
   a.scale = float(scale);
   softmax(a);
 }
