@@ -42,7 +42,12 @@ void run(SoftmaxKind kind, const Tensor& x, int64_t dim, const MaybeTensor& mask
          const MaybeTensor& bias, const Tensor& out) {
   if (x.numel() == 0) return;
   const Tensor* tensors[4] = {&x, mask ? &*mask : nullptr, bias ? &*bias : nullptr, &out};
-  const auto stride = [&](int i, int64_t d) { return tensors[i] ? tensors[i]->stride(d) : 0; };
+  // 0 along the dims that a mask or bias has not, or has once for all.
+  const auto stride = [&](int i, int64_t d) -> int64_t {
+    if (!tensors[i]) return 0;
+    const int64_t own = d - (x.dim() - tensors[i]->dim());
+    return own < 0 || (i % 3 && tensors[i]->size(own) == 1) ? 0 : tensors[i]->stride(own);
+  };
   // The dims after `dim` as one, as far as every operand steps through them as through one; the
   // first of them that does not join stays an outer dim, as do all before it.
   int64_t inner = 1, inner_stride[4] = {1, 0, 0, 1}, split = x.dim();
@@ -86,6 +91,24 @@ void run(SoftmaxKind kind, const Tensor& x, int64_t dim, const MaybeTensor& mask
   softmax(a);
 }
 
+// Whether writing `out` could change an element of x that is still to be read: they share memory,
+// and not place by place.
+bool overlap(const Tensor& x, const Tensor& out) {
+  const auto sizes = x.sizes(), steps = x.strides(), out_steps = out.strides();
+  const char* const from = static_cast<const char*>(x.const_data_ptr());
+  const char* const to = static_cast<const char*>(out.const_data_ptr());
+  bool same = from == to;
+  int64_t last = 0, out_last = 0;  // the farthest elements; strides are never negative
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return false;
+    if (sizes[d] > 1) same &= steps[d] == out_steps[d];
+    last += (sizes[d] - 1) * steps[d];
+    out_last += (sizes[d] - 1) * out_steps[d];
+  }
+  const int64_t size = x.element_size();
+  return !same && from < to + (out_last + 1) * size && to < from + (last + 1) * size;
+}
+
 Tensor new_output(const Tensor& x) { return torch::stable::empty(x.sizes(), x.scalar_type()); }
 
 Tensor softmax_fwd(const Tensor& x, int64_t dim) {
@@ -99,10 +122,10 @@ Tensor log_softmax_fwd(const Tensor& x, int64_t dim) {
   return out;
 }
 void softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
-  run(SoftmaxKind::softmax, x, dim, {}, 1.0, {}, out);
+  run(SoftmaxKind::softmax, overlap(x, out) ? torch::stable::clone(x) : x, dim, {}, 1.0, {}, out);
 }
 void log_softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
-  run(SoftmaxKind::log_softmax, x, dim, {}, 1.0, {}, out);
+  run(SoftmaxKind::log_softmax, overlap(x, out) ? torch::stable::clone(x) : x, dim, {}, 1.0, {}, out);
 }
 Tensor masked_softmax_fwd(const Tensor& x, const MaybeTensor& mask, double scale,
                           const MaybeTensor& bias, int64_t dim, double dropout_p,
