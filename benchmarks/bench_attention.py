@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -119,14 +118,21 @@ def _lengths(s: Shape) -> Tensor:
 def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
     # (batch, length, heads, head_dim) in memory, as a model's projection leaves it
     layout = "transposed"
-    q = randn(s.batch, s.heads[0], s.q_len, s.head_dim, dtype=dtype, layout=layout, seed=1).to(device)
+    # without a scale (T5) the projection that makes q keeps the scores small
+    size = s.head_dim**-0.5 if s.options.get("scale") == 1.0 else 1.0
+    q = randn(s.batch, s.heads[0], s.q_len, s.head_dim, dtype=dtype, layout=layout, seed=1, scale=size).to(device)
     k = randn(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=2).to(device)
     v = randn(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=3).to(device)
-    if s.op == "attention-cosine":
-        return _cosine(q, k, v)
-    if s.op == "attention-euclidean":
-        return _euclidean(q, k, v)
     options, theirs = dict(s.options), dict(s.options)
+    baselines = []
+    if s.op == "attention-cosine":
+        options = {"similarity": "cosine", "temperature": TEMPERATURE}
+        formula: Callable[..., Tensor] = _normalise_and_sdpa
+    elif s.op == "attention-euclidean":
+        options = {"similarity": "euclidean", "scale": 1 / math.sqrt(s.head_dim)}
+        formula = _cdist_softmax_matmul
+    else:
+        formula = F.scaled_dot_product_attention
     if s.op in ("attention-mask", "attention-lengths"):
         lengths = _lengths(s).to(device)
         theirs["attn_mask"] = (torch.arange(s.k_len, device=device) < lengths[:, None])[:, None, None, :]
@@ -138,36 +144,30 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
         behind = torch.arange(s.q_len, device=device)[:, None] - torch.arange(s.k_len, device=device)
         theirs = {"attn_mask": (behind >= 0) & (behind < s.options["window"])}
         options = {"is_causal": True, "window": (s.options["window"] - 1, 0)}
-    grouped = s.heads[0] != s.heads[1]
-    if grouped:
-        options["enable_gqa"] = theirs["enable_gqa"] = True
     step = 1 if s.q_len <= LONGEST_WHOLE else 16
-    baselines = _sdpa(q, k, v, **theirs)
-    if grouped and s.q_len == 1:
-        rows = q.reshape(s.batch, s.heads[1], -1, s.head_dim)
-        baselines.append(Baseline("sdpa, heads as rows", partial(_heads_as_rows, rows, k, v, q.shape)))
-    return Problem(
-        partial(mmkern.scaled_dot_product_attention, q, k, v, **options),
-        baselines,
-        partial(_exact, q[:, :, ::step], k, v, options),
-        lambda output: output[:, :, ::step],
-    )
+    exact = partial(_exact, formula, q[:, :, ::step], k, v, dict(theirs))
+    if s.heads[0] != s.heads[1]:
+        options["enable_gqa"] = theirs["enable_gqa"] = True
+        if s.q_len == 1:
+            rows = q.reshape(s.batch, s.heads[1], -1, s.head_dim)
+            baselines.append(Baseline("sdpa, heads as rows", partial(_heads_as_rows, rows, k, v, q.shape)))
+    call = partial(formula, q, k, v, **theirs)
+    ours = partial(mmkern.scaled_dot_product_attention, q, k, v, **options)
+    named = [Baseline(formula.__name__.strip("_").replace("_", " "), call)]
+    if formula is F.scaled_dot_product_attention:
+        named = [Baseline("sdpa", call), *_pinned(call, device)]
+    return Problem(ours, [*named, *baselines], exact, lambda output: output[:, :, ::step])
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> list[Baseline]:
-    """torch's own choice first, then each backend pinned: on CPU the math one, on CUDA all of them.
+def _pinned(call: Callable[[], Tensor], device: str) -> list[Baseline]:
+    """torch's attention with each backend pinned: on CPU the math one, on CUDA all of them.
 
-    On CPU the choice is flash wherever flash can run, so pinning that too would time the same kernel twice.
+    On CPU torch's own choice is flash wherever flash can run, so pinning that would time the same kernel twice.
     """
-    call = partial(F.scaled_dot_product_attention, q, k, v, **kwargs)
-    pinned = [SDPBackend.MATH]
-    if q.device.type == "cuda":
-        pinned += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    return [Baseline("sdpa", call), *(Baseline(f"sdpa {b.name.lower()}", call, _pin(b)) for b in pinned)]
-
-
-def _pin(backend: SDPBackend) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: sdpa_kernel(backend)
+    backends = [SDPBackend.MATH]
+    if device != "cpu":
+        backends += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    return [Baseline(f"sdpa {b.name.lower()}", call, partial(sdpa_kernel, b)) for b in backends]
 
 
 def _heads_as_rows(rows: Tensor, k: Tensor, v: Tensor, shape: torch.Size) -> Tensor:
@@ -175,48 +175,29 @@ def _heads_as_rows(rows: Tensor, k: Tensor, v: Tensor, shape: torch.Size) -> Ten
     return F.scaled_dot_product_attention(rows, k, v).view(shape)
 
 
-def _cosine(q: Tensor, k: Tensor, v: Tensor) -> Problem:
-    options: dict[str, Any] = {"similarity": "cosine", "temperature": TEMPERATURE}
-
-    def normalise_and_sdpa() -> Tensor:
-        return F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, scale=TEMPERATURE)
-
-    return Problem(
-        partial(mmkern.scaled_dot_product_attention, q, k, v, **options),
-        [Baseline("normalize + sdpa", normalise_and_sdpa)],
-        partial(_exact, q, k, v, options),
-    )
+def _normalise_and_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, scale=TEMPERATURE)
 
 
-def _euclidean(q: Tensor, k: Tensor, v: Tensor) -> Problem:
-    scale = 1 / math.sqrt(q.size(-1))
-    options: dict[str, Any] = {"similarity": "euclidean", "scale": scale}
-
-    def cdist_softmax_matmul() -> Tensor:
-        return (torch.cdist(q, k) * -scale).softmax(-1) @ v
-
-    return Problem(
-        partial(mmkern.scaled_dot_product_attention, q, k, v, **options),
-        [Baseline("cdist + softmax + matmul", cdist_softmax_matmul)],
-        partial(_exact, q, k, v, options),
-    )
+def _cdist_softmax_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.cdist(q, k) / -math.sqrt(q.size(-1))).softmax(-1) @ v
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    """The reference in float64, one key head at a time: all scores at once would not fit."""
+def _exact(formula: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """torch's formula in float64, one key head at a time: all scores at once would not fit.
+
+    Not mmkern's own reference: a mistake in what leads to both of them would not show.
+    """
     q, k, v = (t.double() for t in (q, k, v))
-    bias = options.get("attn_mask")
-    if bias is not None and bias.is_floating_point():
-        bias = bias.double()
     group = q.size(1) // k.size(1)
+    mask = options.get("attn_mask")
+    if mask is not None:
+        mask = (mask.double() if mask.is_floating_point() else mask)[(None,) * (4 - mask.dim())]
+        options = options | {"attn_mask": mask}
     outputs = []
-    with mmkern.backend("reference"):
-        for i in range(k.size(1)):
-            heads = slice(i * group, (i + 1) * group)
-            mask = bias[:, heads] if bias is not None and bias.size(1) > 1 else bias
-            outputs.append(
-                mmkern.scaled_dot_product_attention(
-                    q[:, heads], k[:, i : i + 1], v[:, i : i + 1], **{**options, "attn_mask": mask}
-                )
-            )
+    for i in range(k.size(1)):
+        heads = slice(i * group, (i + 1) * group)
+        mine = options | ({"attn_mask": mask[:, heads]} if mask is not None and mask.size(1) > 1 else {})
+        k_i, v_i = (t[:, i : i + 1].expand(-1, group, -1, -1) for t in (k, v))
+        outputs.append(formula(q[:, heads], k_i, v_i, **mine))
     return torch.cat(outputs, 1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,60 +59,49 @@ def _rotary(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str
     # a model makes these once per step and shares them over its layers, so making them is not timed
     angles = positions.double()[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=device).double() / dim)
     angles = torch.cat([angles, angles], -1) if layout == "half" else angles.repeat_interleave(2, -1)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    exact_turn = angles.cos(), angles.sin()
+    turn = exact_turn[0].to(dtype), exact_turn[1].to(dtype)
 
     def rotate_half(x: Tensor) -> Tensor:
         if layout == "half":
             return torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
         return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
 
-    def usual() -> tuple[Tensor, Tensor]:
+    def usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
-    def exact() -> Any:
-        with mmkern.backend("reference"):
-            return mmkern.rotary(q.double(), k.double(), positions, layout=layout)
-
     return Problem(
-        partial(mmkern.rotary, q, k, positions, layout=layout), [Baseline("x * cos + rotate(x) * sin", usual)], exact
+        partial(mmkern.rotary, q, k, positions, layout=layout),
+        [Baseline("x * cos + rotate(x) * sin", partial(usual, q, k, *turn))],
+        lambda: usual(q.double(), k.double(), *exact_turn),
     )
 
 
-def _sinusoidal(length: int, dim: int) -> Tensor:
-    angles = torch.arange(length).double()[:, None] * 10000.0 ** (-torch.arange(0, dim, 2).double() / dim)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
-
-
 def _table(kind: str, length: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
+    """What is added, (length, dim) in float64; a learned table has values of `dtype`."""
     if kind == "learned":
-        return randn(length, dim, dtype=dtype, seed=3).to(device)
+        return randn(length, dim, dtype=dtype, seed=3).to(device).double()
+    positions = torch.arange(length, device=device).double()[:, None]
     if kind == "scalar":
-        positions = torch.arange(length).double()[:, None] / 10000.0
-        return (positions.sin() + positions.cos()).to(dtype).to(device)
-    return _sinusoidal(length, dim).to(dtype).to(device)
-
-
-def _encoded(values: Callable[[], Tensor], table: Tensor, scale: float) -> list[Baseline]:
-    return [
-        Baseline("x * scale + table", lambda: values() * scale + table),
-        Baseline("torch.add(table, x, alpha)", lambda: torch.add(table, values(), alpha=scale)),
-    ]
+        return (positions / 10000.0).sin() + (positions / 10000.0).cos().expand(length, dim)
+    angles = positions * 10000.0 ** (-torch.arange(0, dim, 2, device=device).double() / dim)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
 def _add(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
     batch, length, dim = shape
     x = randn(batch, length, dim, dtype=dtype, seed=1).to(device)
     table, scale = _table(kind, length, dim, dtype, device), math.sqrt(dim)
-    encoding = table if kind == "learned" else kind
-
-    def exact() -> Tensor:
-        with mmkern.backend("reference"):
-            return mmkern.add_positional_encoding(
-                x.double(), encoding.double() if isinstance(encoding, Tensor) else encoding, scale=scale
-            )
-
-    ours = partial(mmkern.add_positional_encoding, x, encoding, scale=scale)
-    return Problem(ours, _encoded(lambda: x, table, scale), exact)
+    rounded = table.to(dtype)
+    encoding = rounded if kind == "learned" else kind
+    return Problem(
+        partial(mmkern.add_positional_encoding, x, encoding, scale=scale),
+        [
+            Baseline("x * scale + table", lambda: x * scale + rounded),
+            Baseline("torch.add(table, x, alpha)", lambda: torch.add(rounded, x, alpha=scale)),
+        ],
+        lambda: x.double() * scale + table,
+    )
 
 
 def _embed(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
@@ -121,12 +109,15 @@ def _embed(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -
     weight = randn(vocabulary, dim, dtype=dtype, seed=1).to(device)
     tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(2)).to(device)
     table, scale = _table(kind, length, dim, dtype, device), math.sqrt(dim)
-    encoding = table if kind == "learned" else kind
-
-    def exact() -> Tensor:
-        with mmkern.backend("reference"):
-            wide = encoding.double() if isinstance(encoding, Tensor) else encoding
-            return mmkern.embed_tokens(tokens, weight.double(), wide, scale=scale)
-
-    ours = partial(mmkern.embed_tokens, tokens, weight, encoding, scale=scale)
-    return Problem(ours, _encoded(lambda: F.embedding(tokens, weight), table, scale), exact)
+    rounded = table.to(dtype)
+    encoding = rounded if kind == "learned" else kind
+    return Problem(
+        partial(mmkern.embed_tokens, tokens, weight, encoding, scale=scale),
+        [
+            Baseline("embedding * scale + table", lambda: F.embedding(tokens, weight) * scale + rounded),
+            Baseline(
+                "torch.add(table, embedding)", lambda: torch.add(rounded, F.embedding(tokens, weight), alpha=scale)
+            ),
+        ],
+        lambda: F.embedding(tokens, weight).double() * scale + table,
+    )

@@ -41,6 +41,7 @@ def facts() -> dict[str, Any]:
         "processor": _C.processor() if _C else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -80,6 +81,7 @@ class Ceilings:
         return self.measured[name]
 
     def _measure(self, bound: str, moved: int) -> float:
+        assert _C is not None  # `of` has looked
         if bound == "fma":
             return _C.fma_gflops(self.seconds)
         if bound == "bf16_dot":

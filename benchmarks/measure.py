@@ -48,7 +48,8 @@ class Problem:
 
     ours: the mmkern call under test.
     baselines: the first one is also the yardstick of accuracy.
-    exact: the float64 reference on the same rounded inputs.
+    exact: torch's formula in float64 on the same rounded inputs. Not mmkern's own reference: a mistake in the
+        public function, which leads to the kernel and to that reference alike, would not show.
     compared: picks the part of an output that `exact` gives, where all of it would not fit in memory.
     """
 

@@ -12,14 +12,15 @@ from mmkern.benchmarks.measure import Pair, Result, geometric_mean, median
 
 SCHEMA = "mmkern.bench/1"
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+LOADED = 0.5  # one-minute load average above which a quiet machine is not assumed
 CEILING_NAMES = {"fma": "FMA", "bf16_dot": "bf16 dot", "copy": "copy", "read": "read"}
 HOW = (
-    "Each case is first held against float64; one that fails shows no time. Times are medians. A speedup is the "
-    "median over rounds of torch's time / mmkern's time, both sides timed right after one another in alternating "
-    "order, against the fastest of torch's ways to compute the same thing; in brackets its 95% bootstrap interval. "
-    "The last column is the share of what this machine reaches in the same run: multiply-adds or bf16 dot products "
-    "for attention, copy bandwidth (read bandwidth for decode) at the case's own size for the rest. Max error is "
-    "the largest difference from float64, torch's own behind it."
+    "Each case is first held against torch in float64; one that fails shows no time. Times are medians. A speedup "
+    "is the median over rounds of torch's time / mmkern's time, both sides timed right after one another in "
+    "alternating order, against the fastest of torch's ways to compute the same thing (the last column); in "
+    "brackets its 95% bootstrap interval. Of peak is the share of what this machine reached in the same run: "
+    "multiply-adds or bf16 dot products for attention, copy bandwidth (for decode: read bandwidth) at the case's own "
+    "size for the rest. Max error is the largest difference from float64, torch's own behind it."
 )
 
 
@@ -122,7 +123,8 @@ def summary(results: Sequence[Result]) -> Table:
     header = ("op", "dtype", "cases", "geometric mean", "worst", "worst case", "backend")
     groups: dict[tuple[str, str], list[Result]] = {}
     for r in results:
-        groups.setdefault((r.op, SHORT.get(r.dtype, r.dtype)), []).append(r)
+        op = f"{r.op}, {r.shape}" if r.shape == "smallest" else r.op  # call overhead: no part of a mean
+        groups.setdefault((op, SHORT.get(r.dtype, r.dtype)), []).append(r)
     rows = []
     for (op, dtype), group in groups.items():
         timed = [(r.pair.speedup, r.shape) for r in group if r.pair]
@@ -176,10 +178,13 @@ def machine_lines(report: Report) -> list[str]:
     m = report.machine
     build = f"mmkern {m['mmkern']}" + (f" ({m['commit']})" if m["commit"] else "")
     isa = f"instruction set {m['isa']}" if m["isa"] else "no compiled kernels: the reference formulas ran"
+    load = m["load"]
+    busy = [f"Load {load:.1f} before the run: something else was busy, times may be off."] if load > LOADED else []
     math = ", ".join(f"{n} {m[k]}" for n, k in (("MKL", "mkl"), ("oneDNN", "onednn")) if m[k])
     return [
         f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['system']}",
         f"{build}, {isa}; torch {m['torch']}" + (f" with {math}" if math else "") + f"; Python {m['python']}",
+        *busy,
     ]
 
 

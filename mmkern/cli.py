@@ -25,7 +25,7 @@ import mmkern
 from mmkern.benchmarks import machine, model, report, suite
 from mmkern.benchmarks.measure import DTYPES, Case, Result, measure
 
-BUDGET = {"quick": 0.25, "default": 0.5, "full": 2.0}  # seconds of timing per case
+BUDGET = {"quick": 0.25, "default": 0.4, "full": 2.0}  # seconds of timing per case
 MODEL_BUDGET = {"quick": 8.0, "default": 20.0, "full": 60.0}
 PIPE_WIDTH = 170  # no terminal: wide enough for every column
 
@@ -87,9 +87,10 @@ def _print(console: Console, table: report.Table) -> None:
     for name in table.header:
         words = name in table.words
         shown.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    grouped = len({row[0] for row in table.rows}) < len(table.rows)
     for row, after in zip(table.rows, [*table.rows[1:], None], strict=True):
         style = "red" if any(cell in ("WRONG", "ERROR", "wrong", "error") for cell in row) else None
-        shown.add_row(*row, style=style, end_section=after is not None and after[0] != row[0])
+        shown.add_row(*row, style=style, end_section=grouped and after is not None and after[0] != row[0])
     console.print(shown)
 
 
@@ -186,6 +187,7 @@ def info() -> None:
         "copy, 64 MiB": (ceilings.of("copy", 1 << 26), "GB/s"),
         "read, 64 MiB": (ceilings.of("read", 1 << 26), "GB/s"),
     }
+    facts["load"] = f"{facts['load']:.1f}"
     facts["isas"] = " ".join(facts["isas"])
     facts["commit"] = facts["commit"] or "not a checkout"
     facts["isa"] = facts["isa"] or "none: mmkern._C is not built, the reference formulas run"

@@ -36,6 +36,17 @@ def test_matches_float64(name, dtype, shape, dim):
             assert torch.equal(y, out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("shape", [(500, 9001), (60, 75001)])
+def test_outputs_larger_than_the_cache(dtype, shape):
+    x = testing.randn(*shape, dtype=dtype, layout="offset")
+    exact, baseline = torch.softmax(x.double(), 1), torch.softmax(x, 1)
+    for isa in testing.isas():
+        with kernels(isa), testing.poisoned():
+            testing.assert_accurate(mmkern.softmax(x, 1), exact, baseline)
+            testing.assert_accurate(mmkern.masked_softmax(x), exact, baseline)
+
+
 def terms(shape, dtype):
     """Masks and biases of every kind, shape and layout that broadcast to `shape`."""
     draw = torch.Generator().manual_seed(1)

@@ -13,6 +13,7 @@
 // which is 12 / (2 * head_dim).
 #include "cpu/attention.h"
 
+#include "cpu/attention_scores.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -28,18 +29,6 @@ constexpr int64_t kDirectTiles = 2;            // up to this many tiles of rows 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// What a query row needs beside its elements. Keys [lo, hi) are visible, as far as the mask allows.
-struct Row {
-  int64_t head, index;  // which query: head and position
-  int64_t lo, hi;
-  float factor;         // score = similarity * factor, in log2 units unless soft-capped
-  float norm;           // squared length of the query
-  float slope;          // ALiBi, log2 units
-  int64_t position;     // of the query on the key axis
-  const uint8_t* mask;  // first element of its row, in bytes, or null
-  float m, l;           // running maximum and sum
-};
 
 // Bump allocation inside one thread's scratch; called once with null to measure.
 struct Arena {
@@ -86,109 +75,6 @@ void fetch_rows(const T* rows, int64_t row, int64_t n, int64_t dim) {
       __builtin_prefetch(rows + i * row + d, 0, kNear ? 3 : 2);
   }
 }
-
-template <class T>
-float squared_norm(const T* x, int64_t n) {
-  Vec sum = zero();
-  for (int64_t d = 0; d < n; d += kLanes) {
-    const Vec v = load_n(x + d, n - d < kLanes ? int(n - d) : kLanes);
-    sum = fma(v, v, sum);
-  }
-  return reduce_add(sum);
-}
-
-// 1 / max(|x|, 1e-12), by way of the largest element where the squares overflow or underflow.
-template <class T>
-float reciprocal_norm(const T* x, int64_t n) {
-  float square = squared_norm(x, n);
-  float top = 1.0f;
-  if (!(square > 1e-30f && square < 1e38f)) {
-    top = 0.0f;
-    for (int64_t d = 0; d < n; ++d) {
-      const float v = fabsf(to_float(x[d]));
-      if (!(v <= top)) top = v;
-    }
-    if (top == 0.0f || !(top < kInf)) return top == 0.0f ? 1e12f : top * 0.0f;
-    square = 0.0f;
-    for (int64_t d = 0; d < n; ++d) square += (to_float(x[d]) / top) * (to_float(x[d]) / top);
-  }
-  const float norm = sqrtf(square);
-  return norm < 1e-12f / top ? 1e12f : 1.0f / norm / top;
-}
-
-// tanh by way of expm1, exact near 0 where the score is not capped at all.
-inline Vec tanh(Vec x) {
-  const Vec a = min(set1(10.0f), abs(x));
-  const Vec t = a * set1(2.0f * kLog2e), n = round(t);
-  const Vec power = pow2(n);
-  const Vec em1 = fma(power, exp2m1_fraction(t - n), power - set1(1.0f));
-  const Vec y = em1 / (em1 + set1(2.0f));
-  return select(less(x, zero()), zero() - y, y);
-}
-
-[[maybe_unused]] float word_element(const float* words, int64_t stride, int64_t d) {
-  return words[d * stride];
-}
-[[maybe_unused]] float word_element(const uint32_t* words, int64_t stride, int64_t d) {
-  return to_float(bf16{uint16_t(words[d / 2 * stride] >> (d % 2 * 16))});
-}
-
-// Arguments of a register tile, whose size with_tile picks.
-template <class Dot>
-struct ScoreTile {
-  const typename Dot::Word* q;
-  int64_t words;
-  const typename Dot::Word* k;
-  float* scores;
-  int64_t scores_row;
-  template <int kRows, int kVecs>
-  void run() const {
-    product_tile<Dot, kRows, kVecs>(q, words, k, kPanel, words, scores, scores_row);
-  }
-};
-template <class Dot, class Column>
-struct ValueTile {
-  const typename Dot::Word* p;
-  int64_t p_row;
-  const Column* v;
-  int64_t v_row, depth;
-  const float* rescale;
-  float* o;
-  int64_t o_row;
-  template <int kRows, int kVecs>
-  void run() const {
-    update_tile<Dot, kRows, kVecs>(p, p_row, v, v_row, depth, rescale, o, o_row);
-  }
-};
-// Scores of kRows queries with kLanes unpacked keys, of which the first `keys` exist.
-template <class T>
-struct DirectScoreTile {
-  const float* q;
-  int64_t dim;
-  const T* k;
-  int64_t k_row, keys;
-  float* scores;
-  int64_t scores_row;
-  template <int kRows, int kVecs>
-  void run() const {
-    Vec dots[kRows][kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      Vec sum[kRows];
-      for (int r = 0; r < kRows; ++r) sum[r] = zero();
-      for (int64_t d = 0; i < keys && d < dim; d += kLanes) {
-        const Vec key = load(k + i * k_row + d);
-        for (int r = 0; r < kRows; ++r) sum[r] = fma(key, load(q + r * dim + d), sum[r]);
-      }
-      for (int r = 0; r < kRows; ++r) dots[r][i] = sum[r];
-    }
-    for (int r = 0; r < kRows; ++r) {
-      transpose(dots[r]);
-      Vec sum = dots[r][0];
-      for (int i = 1; i < kLanes; ++i) sum = sum + dots[r][i];
-      store(scores + r * scores_row, sum);
-    }
-  }
-};
 
 // One call of the kernel for a storage type T and a way of multiplying. Unpacked reading (direct_)
 // needs F32Dot.
@@ -255,11 +141,7 @@ class Attention {
     const T* q = query(batch, r);
     if (cosine_) r.factor *= reciprocal_norm(q, a_.head_dim);
     r.norm = distance_ ? squared_norm(q, a_.head_dim) : 0.0f;
-    r.mask = nullptr;
-    if (masked_) {
-      const int64_t at = a_.mask.batch[batch] + r.head * a_.mask.head + r.index * a_.mask.row;
-      r.mask = static_cast<const uint8_t*>(a_.mask.data) + at * mask_bytes();
-    }
+    r.mask = masked_ ? a_.mask.batch[batch] + r.head * a_.mask.head + r.index * a_.mask.row : 0;
     r.m = -kInf;
     r.l = 0.0f;
   }
@@ -267,9 +149,6 @@ class Attention {
   const T* query(int64_t batch, const Row& r) const {
     return static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + r.head * a_.q.head +
            r.index * a_.q.row;
-  }
-  int64_t mask_bytes() const {
-    return a_.mask_kind == MaskKind::boolean ? 1 : a_.mask_kind == MaskKind::f32 ? 4 : 2;
   }
 
   void run_task(int64_t unit, int64_t chunk) {
@@ -443,7 +322,7 @@ class Attention {
     const bool plain = !cosine_ && !distance_ && !masked_ && a_.softcap == 0.0f &&
                        !a_.alibi_slopes && factor > 0.0f && factor < kInf;
     if (!plain) {
-      transform_row(b, r, q, s, lo, end, j);
+      score_row<Dot>(a_, r, q, b.k, b.key_norms, s, lo, end, j);
       factor = 1.0f;
     }
     if (r.lo - j > lo || r.hi - j < end) hide_edges(s, lo, end, r.lo - j, r.hi - j);
@@ -476,124 +355,6 @@ class Attention {
   static void store_weight(float* p, int64_t i, Vec weight) { store(p + i, weight); }
   static void store_weight(uint32_t* p, int64_t i, Vec weight) {
     store(reinterpret_cast<bf16*>(p) + i, weight);
-  }
-
-  static void hide_edges(float* s, int64_t lo, int64_t end, int64_t first, int64_t last) {
-    for (int64_t i = lo; i < end; i += kLanes) {
-      if (i >= first && i + kLanes <= last) continue;
-      const Vec at = iota();  // lanes are compared as small numbers, exact in float32
-      const Mask seen = ~less(at, set1(float(first - i))) & less(at, set1(float(last - i)));
-      store(s + i, select(seen, load(s + i), set1(-kInf)));
-    }
-  }
-
-  // Similarity, temperature, soft cap, ALiBi and mask: dot products -> scores in log2 units.
-  void transform_row(const Buffers<Dot>& b, const Row& r, const Word* q, float* s, int64_t lo,
-                     int64_t end, int64_t j) {
-    if (distance_) {
-      measure_distances(b, r, q, s, lo, end);
-    } else if (cosine_) {
-      for (int64_t i = lo; i < end; i += kLanes) {
-        store(s + i, load(s + i) * (load(b.key_norms + i) * set1(r.factor)));
-      }
-    } else {
-      for (int64_t i = lo; i < end; i += kLanes) store(s + i, load(s + i) * set1(r.factor));
-    }
-    if (a_.softcap != 0.0f) {
-      const Vec inverse = set1(1.0f / a_.softcap), cap = set1(a_.softcap * kLog2e);
-      for (int64_t i = lo; i < end; i += kLanes) store(s + i, tanh(load(s + i) * inverse) * cap);
-    }
-    if (a_.alibi_slopes) {
-      for (int64_t i = lo; i < end; i += kLanes) {
-        const Vec distance = abs(iota() + set1(float(j + i - r.position)));
-        store(s + i, fnma(set1(r.slope), distance, load(s + i)));
-      }
-    }
-    const int64_t left = a_.k_len - j;  // mask columns that exist from here
-    switch (a_.mask_kind) {
-      case MaskKind::none: break;
-      case MaskKind::boolean: mask_row(r.mask + j * a_.mask.col, s, lo, smaller(end, left)); break;
-      case MaskKind::f32:
-        bias_row(reinterpret_cast<const float*>(r.mask) + j * a_.mask.col, s, lo,
-                 smaller(end, left));
-        break;
-      case MaskKind::bf16:
-        bias_row(reinterpret_cast<const bf16*>(r.mask) + j * a_.mask.col, s, lo,
-                 smaller(end, left));
-        break;
-      case MaskKind::f16:
-        bias_row(reinterpret_cast<const f16*>(r.mask) + j * a_.mask.col, s, lo, smaller(end, left));
-        break;
-    }
-  }
-
-  void mask_row(const uint8_t* mask, float* s, int64_t lo, int64_t end) const {
-    for (int64_t i = lo; i < end; i += kLanes) {
-      const int n = int(smaller(end - i, kLanes));
-      Mask seen;
-      if (a_.mask.col == 1) {
-        seen = load_mask_n(mask + i, n);
-      } else {
-        uint8_t lanes[kLanes];
-        for (int l = 0; l < kLanes; ++l) lanes[l] = l < n ? mask[(i + l) * a_.mask.col] : 0;
-        seen = load_mask(lanes);
-      }
-      store(s + i, select(seen, load(s + i), set1(-kInf)));
-    }
-  }
-
-  // A bias of minus infinity hides a key whatever its score, a NaN score included.
-  template <class M>
-  void bias_row(const M* mask, float* s, int64_t lo, int64_t end) const {
-    for (int64_t i = lo; i < end; i += kLanes) {
-      const int n = int(smaller(end - i, kLanes));
-      Vec bias;
-      if (a_.mask.col == 1) {
-        bias = load_n(mask + i, n);
-      } else {
-        float lanes[kLanes];
-        for (int l = 0; l < kLanes; ++l)
-          lanes[l] = l < n ? to_float(mask[(i + l) * a_.mask.col]) : 0.0f;
-        bias = load(lanes);
-      }
-      const Mask hidden = equal(bias, set1(-kInf));
-      store(s + i, select(hidden, set1(-kInf), fma(bias, set1(kLog2e), load(s + i))));
-    }
-  }
-
-  // |q - k|^2 = |q|^2 + |k|^2 - 2 q.k, except where that loses more than 4 bits: there, element by
-  // element.
-  void measure_distances(const Buffers<Dot>& b, const Row& r, const Word* q, float* s, int64_t lo,
-                         int64_t end) {
-    for (int64_t i = lo; i < end; i += kLanes) {
-      const Vec both = set1(r.norm) + load(b.key_norms + i);
-      const Vec square = max(zero(), fma(set1(-2.0f), load(s + i), both));
-      store(s + i, square);
-      if (!any(less(square, both * set1(1.0f / 16)))) continue;
-      float sums[kLanes];
-      store(sums, both);
-      for (int l = 0; l < kLanes; ++l) {
-        if (s[i + l] < sums[l] / 16) s[i + l] = distance2(q, panel_of(b, i + l));
-      }
-    }
-    const bool root = a_.similarity == Similarity::euclidean;
-    for (int64_t i = lo; i < end; i += kLanes) {
-      const Vec d = load(s + i);
-      store(s + i, (root ? sqrt(d) : d) * set1(-r.factor));
-    }
-  }
-
-  const Word* panel_of(const Buffers<Dot>& b, int64_t key) const {
-    return b.k + key / kPanel * kPanel * words_ + key % kPanel;
-  }
-
-  float distance2(const Word* q, const Word* k) const {
-    float sum = 0.0f;
-    for (int64_t d = 0; d < a_.head_dim; ++d) {
-      const float difference = word_element(q, 1, d) - word_element(k, kPanel, d);
-      sum += difference * difference;
-    }
-    return sum;
   }
 
   float* partial(int64_t unit, int64_t split, int64_t row) const {

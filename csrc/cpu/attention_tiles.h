@@ -231,5 +231,62 @@ int64_t pack_values(const T* v, int64_t v_row, int64_t keys, int64_t dim, int64_
   return bads;
 }
 
+// Arguments of a register tile, whose size with_tile picks.
+template <class Dot>
+struct ScoreTile {
+  const typename Dot::Word* q;
+  int64_t words;
+  const typename Dot::Word* k;
+  float* scores;
+  int64_t scores_row;
+  template <int kRows, int kVecs>
+  void run() const {
+    product_tile<Dot, kRows, kVecs>(q, words, k, kPanel, words, scores, scores_row);
+  }
+};
+template <class Dot, class Column>
+struct ValueTile {
+  const typename Dot::Word* p;
+  int64_t p_row;
+  const Column* v;
+  int64_t v_row, depth;
+  const float* rescale;
+  float* o;
+  int64_t o_row;
+  template <int kRows, int kVecs>
+  void run() const {
+    update_tile<Dot, kRows, kVecs>(p, p_row, v, v_row, depth, rescale, o, o_row);
+  }
+};
+// Scores of kRows queries with kLanes unpacked keys, of which the first `keys` exist.
+template <class T>
+struct DirectScoreTile {
+  const float* q;
+  int64_t dim;
+  const T* k;
+  int64_t k_row, keys;
+  float* scores;
+  int64_t scores_row;
+  template <int kRows, int kVecs>
+  void run() const {
+    Vec dots[kRows][kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      Vec sum[kRows];
+      for (int r = 0; r < kRows; ++r) sum[r] = zero();
+      for (int64_t d = 0; i < keys && d < dim; d += kLanes) {
+        const Vec key = load(k + i * k_row + d);
+        for (int r = 0; r < kRows; ++r) sum[r] = fma(key, load(q + r * dim + d), sum[r]);
+      }
+      for (int r = 0; r < kRows; ++r) dots[r][i] = sum[r];
+    }
+    for (int r = 0; r < kRows; ++r) {
+      transpose(dots[r]);
+      Vec sum = dots[r][0];
+      for (int i = 1; i < kLanes; ++i) sum = sum + dots[r][i];
+      store(scores + r * scores_row, sum);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace mmkern::MMKERN_ISA

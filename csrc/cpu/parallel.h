@@ -8,8 +8,8 @@
 
 namespace mmkern {
 
-// torch's intra-op thread count; 1 in a child of fork(), where torch's OpenMP pool would hang. To be
-// asked before run_tasks, not inside a task: another thread may be told another number.
+// torch's intra-op thread count; 1 in a child of fork(), where torch's OpenMP pool would hang. To
+// be asked before run_tasks, not inside a task: another thread may be told another number.
 int64_t num_threads();
 
 // Calls fn(context, task) for task in [0, tasks), each once, on torch's threads. Tasks are handed
