@@ -125,7 +125,8 @@ void softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
   run(SoftmaxKind::softmax, overlap(x, out) ? torch::stable::clone(x) : x, dim, {}, 1.0, {}, out);
 }
 void log_softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
-  run(SoftmaxKind::log_softmax, overlap(x, out) ? torch::stable::clone(x) : x, dim, {}, 1.0, {}, out);
+  run(SoftmaxKind::log_softmax, overlap(x, out) ? torch::stable::clone(x) : x, dim, {}, 1.0, {},
+      out);
 }
 Tensor masked_softmax_fwd(const Tensor& x, const MaybeTensor& mask, double scale,
                           const MaybeTensor& bias, int64_t dim, double dropout_p,

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 16384;  // per task: 10 microseconds or more
 constexpr int64_t kGroupElements = 4096;  // rows that go through the passes together: 16 KB of L1
-constexpr int64_t kGroupRows = 16;  // at most: the maximum of one hides behind the others' work
+constexpr int64_t kGroupRows = 16;      // at most: the maximum of one hides behind the others' work
 constexpr int64_t kCachedCols = 65536;  // longest row whose float32 copy (256 KB) is kept
 constexpr int64_t kChunk = 4096;        // of a longer row, in L1 from maximum to sum
 constexpr int64_t kSharedRows = 4;      // so few long rows are cut up between threads
@@ -257,9 +257,8 @@ class Softmax {
  private:
   // Scores of n elements of one row, or of n neighbouring rows, written to s: scale * x + bias +
   // mask. x_stride and the other strides are those between the n. Returns the maximum.
-  float scores(const T* x, int64_t x_stride, const Cursor& at, int64_t mask_at,
-               int64_t mask_stride, int64_t bias_at, int64_t bias_stride, float* s, float* t,
-               int64_t n) const {
+  float scores(const T* x, int64_t x_stride, const Cursor& at, int64_t mask_at, int64_t mask_stride,
+               int64_t bias_at, int64_t bias_stride, float* s, float* t, int64_t n) const {
     const float scale = masked_ ? a_.scale : 1.0f;
     const bool both = a_.mask_kind != MaskKind::none && a_.bias_kind != MaskKind::none;
     const bool bias_first = a_.bias_kind != MaskKind::none;
@@ -283,8 +282,8 @@ class Softmax {
   void row_group(Cursor& at, int64_t count) {
     const int64_t cols = a_.cols, padded = (cols + kLanes) / kLanes * kLanes;
     const int64_t most = larger(1, smaller(kGroupRows, kGroupElements / cols));
-    float* const scratch = static_cast<float*>(
-        thread_scratch((smaller(most, count) + 1) * padded * sizeof(float)));
+    float* const scratch =
+        static_cast<float*>(thread_scratch((smaller(most, count) + 1) * padded * sizeof(float)));
     float* const spare = scratch + smaller(most, count) * padded;
     const bool from_x = !masked_ && a_.x.col == 1;
     Row group[kGroupRows];
@@ -312,25 +311,29 @@ class Softmax {
     }
   }
 
+  // Exponentials wait in s; so do the scores that a logarithm starts from, unless x has them.
   void finish(const Row& row, const float* s, bool from_x) const {
-    if (a_.out.col == 1 && kLog && from_x) {
+    if (kLog) {
       const Vec shift = set1(row.shift), log_total = set1(logf(row.total));
-      return write_row(row.out, a_.cols, streams_, [&](int64_t j, int n) {
-        return load_part(row.x + j, n) - shift - log_total;
-      });
+      if (from_x)
+        return scatter(
+            row.out, [&](int64_t j, int n) { return load_part(row.x + j, n) - shift - log_total; });
+      return scatter(row.out,
+                     [&](int64_t j, int n) { return load_part(s + j, n) - shift - log_total; });
     }
-    const Vec shift = set1(kLog ? row.shift : 0.0f), log_total = set1(kLog ? logf(row.total) : 0);
     const Vec factor = set1(masked_ && row.total == 0.0f ? 0.0f : 1.0f / row.total);
-    const auto result = [&](int64_t j, int n) {
-      const Vec v = load_part(s + j, n);
-      return kLog ? v - shift - log_total : v * factor;
-    };
-    if (a_.out.col == 1) return write_row(row.out, a_.cols, streams_, result);
+    scatter(row.out, [&](int64_t j, int n) { return load_part(s + j, n) * factor; });
+  }
+
+  // A row of the output, whatever its stride.
+  template <class F>
+  void scatter(T* out, const F& result) const {
+    if (a_.out.col == 1) return write_row(out, a_.cols, streams_, result);
     for (int64_t j = 0; j < a_.cols; j += kLanes) {
       float lanes[kLanes];
       const int n = lanes_left(a_.cols - j);
       store(lanes, result(j, n));
-      for (int i = 0; i < n; ++i) from_float(lanes[i], row.out + (j + i) * a_.out.col);
+      for (int i = 0; i < n; ++i) from_float(lanes[i], out + (j + i) * a_.out.col);
     }
   }
 
