@@ -11,7 +11,8 @@ from mmkern import testing
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = {"softmax": (mmkern.softmax, torch.softmax), "log_softmax": (mmkern.log_softmax, torch.log_softmax)}
 SHAPES = [((5,), 0), ((3, 1), 1), ((3, 1), 0), ((7, 33), 1), ((7, 33), 0), ((2, 5, 200), 1), ((2, 3, 17, 5), 0)]
-SHAPES += [((2, 5, 4, 70), -2), ((64, 49, 49), 2), ((3, 70000), 1), ((0, 4), 1), ((4, 0), 1), ((), 0)]
+SHAPES += [((1100, 70), 0), ((3, 1200, 4), 1), ((2, 6, 7, 13), 1), ((4, 9, 2, 64), 1)]
+SHAPES += [((2, 5, 4, 70), -2), ((5, 49, 49), 2), ((2, 70001), 1), ((0, 4), 1), ((4, 0), 1), ((), 0)]
 
 
 def kernels(isa):
@@ -37,13 +38,13 @@ def test_matches_float64(name, dtype, shape, dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("shape", [(500, 9001), (60, 75001)])
-def test_outputs_larger_than_the_cache(dtype, shape):
-    x = testing.randn(*shape, dtype=dtype, layout="offset")
+@pytest.mark.parametrize("cols", [9001, 75001])
+def test_outputs_larger_than_the_cache(dtype, cols):
+    x = testing.randn((9 << 20) // dtype.itemsize // cols, cols, dtype=dtype, layout="offset")  # streamed from 8 MiB
     exact, baseline = torch.softmax(x.double(), 1), torch.softmax(x, 1)
     for isa in testing.isas():
         with kernels(isa), testing.poisoned():
-            testing.assert_accurate(mmkern.softmax(x, 1, out=torch.empty_like(baseline)), exact, baseline)
+            testing.assert_accurate(mmkern.softmax(x, 1), exact, baseline)
             testing.assert_accurate(mmkern.masked_softmax(x), exact, baseline)
 
 
@@ -128,14 +129,82 @@ def test_deterministic_over_threads_and_batch_mates(dtype):
         torch.set_num_threads(before)
 
 
-def test_in_place_and_strided_outputs():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_are_the_same_however_they_are_shared_out(dtype):
+    x = testing.randn(6, 70001, dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        for call in (mmkern.softmax, mmkern.log_softmax):
+            torch.set_num_threads(1)
+            expected = call(x, 1)
+            for threads in (1, 2, 4):
+                torch.set_num_threads(threads)
+                assert torch.equal(call(x, 1), expected)  # a row to each thread
+                assert torch.equal(call(x[2:4], 1), expected[2:4])  # chunks of a row to each
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("shape", "dim"), [((2, 70001), 1), ((1100, 20), 0)])
+def test_nan_and_infinity_in_long_rows(isa, op, shape, dim):
+    ours, torchs = OPS[op]
+    for places in (
+        {5: torch.nan},
+        {-1: torch.nan},
+        {5: torch.inf},
+        {1060: -torch.inf},
+        {1060: torch.inf, 3: torch.nan},
+    ):
+        for rest in (None, -torch.inf):  # a row with nothing else in it, too
+            x = testing.randn(*shape, scale=2.0)
+            row = x.select(1 - dim, 1)
+            if rest is not None:
+                row.fill_(rest)
+            for at, value in places.items():
+                row[at] = value
+            with kernels(isa):
+                testing.assert_accurate(ours(x, dim), torchs(x.double(), dim), torchs(x, dim))
+
+
+@pytest.mark.parametrize("call", [mmkern.softmax, mmkern.log_softmax])
+def test_in_place_and_strided_outputs(call):
     x = testing.randn(33, 100)
-    expected = mmkern.softmax(x, 1)
-    wide = torch.full((33, 200), 7.0)
-    mmkern.softmax(x, 1, out=wide[:, ::2])
-    assert torch.equal(wide[:, ::2], expected)
-    assert (wide[:, 1::2] == 7.0).all()
-    assert torch.equal(mmkern.softmax(x, 1, out=x), expected)
+    for dim in (0, 1):
+        expected = call(x, dim)
+        wide = torch.full((33, 200), 7.0)
+        call(x, dim, out=wide[:, ::2])
+        torch.testing.assert_close(wide[:, ::2], expected)
+        assert (wide[:, 1::2] == 7.0).all()
+        assert torch.equal(call(x, dim, out=torch.empty(0)), expected)
+        assert torch.equal(call(copy := x.clone(), dim, out=copy), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_outputs_that_share_memory_with_the_input(dim):
+    for step in (1, 40, -1, -40):  # the output begins that many elements after the input
+        memory = testing.randn(1700)
+        x, out = memory[50:1650].view(40, 40), memory[50 + step : 1650 + step].view(40, 40)
+        expected = torch.softmax(x, dim)
+        torch.testing.assert_close(mmkern.softmax(x, dim, out=out), expected)
+    x = testing.randn(40, 40)
+    expected = torch.log_softmax(x, dim)
+    torch.testing.assert_close(mmkern.log_softmax(x, dim, out=x.t()), expected)
+
+
+@pytest.mark.parametrize("mask_dim", [(7, 1, 5), (1, 5), (1, 1), (7, 6, 1), (5,), ()])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_gradient_of_broadcast_terms(mask_dim, dim):
+    x, bias = testing.randn(7, 6, 5).double(), testing.randn(*mask_dim).double().requires_grad_()
+    weight = testing.randn(7, 6, 5, seed=2).double()
+    (actual,) = torch.autograd.grad((mmkern.masked_softmax(x, bias=bias, dim=dim) * weight).sum(), bias)
+    (expected,) = torch.autograd.grad((torch.softmax(x + bias, dim) * weight).sum(), bias)
+    torch.testing.assert_close(actual, expected)
+    float_x, float_bias = x.float(), bias.detach().float()
+    testing.assert_accurate(
+        mmkern.masked_softmax(float_x, bias=float_bias, dim=dim), torch.softmax(float_x.double() + float_bias, dim)
+    )
 
 
 def test_dtype_is_converted_first():
@@ -190,6 +259,10 @@ ERRORS = [
     (lambda: mmkern.log_softmax(X, -3), IndexError, "dim"),
     (lambda: mmkern.softmax(X, None), TypeError, "dim"),
     (lambda: mmkern.softmax(X, True), TypeError, "dim"),
+    (lambda: mmkern.softmax(X, 1, torch.int64), TypeError, "dtype.*int64"),
+    (lambda: mmkern.softmax(X, 1, "float32"), TypeError, "dtype.*float32"),
+    (lambda: mmkern.softmax(X, 1, out=[0.0]), TypeError, "out.*list"),
+    (lambda: mmkern.softmax(X, 1, out=torch.zeros(4).expand(3, 4)), ValueError, r"out.*\(0, 1\).*twice"),
     (lambda: mmkern.softmax(X, 1, out=torch.zeros(3, 3)), ValueError, r"out.*\(3, 4\).*\(3, 3\)"),
     (lambda: mmkern.softmax(X, 1, out=X.double()), ValueError, "out.*float32.*float64"),
     (lambda: mmkern.softmax(X, 1, out=X.clone().requires_grad_()), ValueError, "out.*grad"),
@@ -199,6 +272,7 @@ ERRORS = [
     (lambda: mmkern.masked_softmax(X, bias=torch.ones(4) > 0), TypeError, "bias.*bool"),
     (lambda: mmkern.masked_softmax(X, bias=torch.ones(4, device="meta")), ValueError, "bias.*meta.*cpu"),
     (lambda: mmkern.masked_softmax(X, scale=math.nan), ValueError, "scale.*nan"),
+    (lambda: mmkern.masked_softmax(X, scale="1"), TypeError, "scale"),
     (lambda: mmkern.masked_softmax(X, dropout_p=1.5), ValueError, "dropout_p.*1.5"),
     (lambda: mmkern.masked_softmax(X, dropout_p=math.nan), ValueError, "dropout_p.*nan"),
     (lambda: mmkern.masked_softmax(X, dim=2), IndexError, "dim"),

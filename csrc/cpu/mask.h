@@ -1,5 +1,5 @@
-// Masks and biases as attention and masked softmax read them: any kind, any stride, never expanded.
-// For *.isa.cpp files.
+// Masks and biases as attention reads them, a vector at a time: any kind, any stride, never
+// expanded. For *.isa.cpp files.
 #pragma once
 
 #include "cpu/vec.h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -62,15 +63,16 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: T
         input: any shape, float32, bfloat16, float16 or float64; other dtypes need `dtype`.
         dim: the dim to sum over, negative ones from the end.
         dtype: convert `input` to it first, and return it.
-        out: tensor of the result's shape and dtype to write into; may be `input` itself. No gradient then.
+        out: tensor of the result's shape and dtype to write into, or one without elements to resize; may share
+            memory with `input`. No gradient then.
 
     Returns:
         Contiguous tensor of input's shape. Rows of nothing but minus infinity give NaN, as torch's do.
 
     Raises:
-        TypeError: input is not floating point, or an argument is of the wrong kind.
+        TypeError: input or dtype is not floating point, or an argument is of the wrong kind (dim=None, too: name one).
         IndexError: dim is out of range.
-        ValueError: out has another shape, dtype or device, or a gradient is wanted with out.
+        ValueError: out has another shape, dtype or device or holds elements twice, or a gradient is wanted with out.
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 
@@ -129,11 +131,11 @@ def masked_softmax(
     """
     dim = _check(x, dim, "x")
     if mask is not None:
-        mask = _broadcast("mask", mask, x, (torch.bool, torch.float32, x.dtype))
+        _check_term("mask", mask, x, (torch.bool, torch.float32, x.dtype))
     if bias is not None:
-        bias = _broadcast("bias", bias, x, (torch.float32, x.dtype))
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        _check_term("bias", bias, x, (torch.float32, x.dtype))
+    _check_number("scale", scale)
+    _check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
     if x.dim() == 0:
@@ -143,26 +145,36 @@ def masked_softmax(
 
 
 def _run(op: Op, op_out: Op, input: Tensor, dim: int, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
-    if dtype is not None and isinstance(input, Tensor) and input.dtype != dtype:
-        input = input.to(dtype)
+    if dtype is not None:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+        if isinstance(input, Tensor):
+            input = input.to(dtype)
     dim = _check(input, dim, "input")
-    if input.dim() == 0:
-        result = _run(op, op_out, input[None], 0, None, None)[0]
-        return result if out is None else out.copy_(result)
-    if out is None:
-        return op(input, dim)
-    if (
-        not isinstance(out, Tensor)
-        or out.dtype != input.dtype
-        or out.shape != input.shape
-        or out.device != input.device
-    ):
-        got = f"{tuple(out.shape)} {out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"out: expected {tuple(input.shape)} {input.dtype} on {input.device}, got {got}")
+    if out is not None:
+        _check_out(out, input)
+        if input.dim() == 0:
+            out.copy_(_run(op, op_out, input, 0, None, None))
+        else:
+            op_out(input, dim, out)
+        return out
+    return op(input, dim) if input.dim() else op(input[None], 0)[0]
+
+
+def _check_out(out: Any, input: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a Tensor, got {type(out).__name__}")
+    if out.dtype != input.dtype or out.device != input.device or (out.shape != input.shape and out.numel() != 0):
+        raise ValueError(
+            f"out: expected {tuple(input.shape)} {input.dtype} on {input.device}, "
+            f"got {tuple(out.shape)} {out.dtype} on {out.device}"
+        )
     if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
         raise ValueError("out: an argument requires grad, and writing into out cannot be differentiated")
-    op_out(input, dim, out)
-    return out
+    if not out.is_contiguous() and any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out: shape {tuple(out.shape)} of strides {out.stride()} holds elements twice")
+    if out.shape != input.shape:
+        out.resize_(input.shape)
 
 
 def _check(x: Tensor, dim: int, name: str) -> int:
@@ -171,21 +183,33 @@ def _check(x: Tensor, dim: int, name: str) -> int:
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim: expected an integer, got {dim!r}")
+    if type(dim) is not int:
+        try:
+            dim = operator.index(None if isinstance(dim, bool) else dim)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"dim: expected an integer, got {dim!r}") from None
     rank = x.dim() or 1
     if not -rank <= dim < rank:
         raise IndexError(f"dim: expected a value in [{-rank}, {rank - 1}] for shape {tuple(x.shape)}, got {dim}")
     return dim + rank if dim < 0 else dim
 
 
-def _broadcast(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def _check_term(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless `t` has one of `dtypes`, x's device, and a shape that broadcasts to x's."""
     if not isinstance(t, Tensor) or t.dtype not in dtypes:
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name}: expected a Tensor of {', '.join(map(str, dict.fromkeys(dtypes)))}, got {kind}")
     if t.device != x.device:
         raise ValueError(f"{name}: on device {t.device} where x is on {x.device}")
-    try:
-        return t.expand(x.shape)
-    except RuntimeError:
-        raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}") from None
+    if t.shape == x.shape:
+        return
+    missing = x.dim() - t.dim()
+    if missing < 0 or any(n not in (1, m) for n, m in zip(t.shape, x.shape[missing:], strict=True)):
+        raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}")
