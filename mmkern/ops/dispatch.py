@@ -27,6 +27,8 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")  # in the order they are tried
 _DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 _library = torch.library.Library("mmkern", "DEF")
 Refusal = Callable[..., str | None]
+Values = Sequence[Any]
+Backward = Callable[[Sequence[Tensor | None], Values, Values, Sequence[bool]], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ class Op:
         fake: output shapes, dtypes and strides for tracing.
         kernels: backend name -> function of the schema's arguments that returns None where that backend's
             kernel can run the call, or the reason why not. Whether the tensors are on its device is checked here.
+        backward: gradients of the kernel's outputs, None where one got none; the schema's arguments; the outputs;
+            and for each argument whether its gradient is wanted -> one gradient (or None) for each argument. It
+            calls another Op, whose reference formula gives second derivatives. Without it, the reference formula
+            is differentiated.
+        save: arguments and outputs, as backward gets them; replace by None what backward does not read, so that
+            its memory can be freed.
     """
 
     def __init__(
@@ -88,10 +96,14 @@ class Op:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         kernels: dict[str, Refusal],
+        backward: Backward | None = None,
+        save: Callable[[Values, Values], tuple[Values, Values]] = lambda args, outputs: (args, outputs),
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.reference = reference
         self.kernels = kernels
+        self.backward = backward
+        self.save = save
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mmkern::{self.name}", fake, lib=_library)
@@ -153,7 +165,7 @@ def _transformed() -> bool:
 
 
 class _Differentiable(torch.autograd.Function):
-    """Forward by the kernel, gradients by differentiating the reference formula, recomputed in backward."""
+    """Forward by the kernel; gradients by the op's backward, or by differentiating its formula, recomputed."""
 
     @staticmethod
     def forward(op: Op, *args: Any) -> Any:
@@ -161,27 +173,57 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        op, *args = inputs
-        ctx.op = op
-        ctx.where = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-        ctx.rest = [None if isinstance(a, Tensor) else a for a in args]
-        ctx.save_for_backward(*(args[i] for i in ctx.where))
+        op = inputs[0]
+        args: Values = inputs[1:]
+        outputs: Values = output if isinstance(output, tuple) else (output,)
+        if op.backward is None:
+            outputs = ()
+        else:
+            args, outputs = op.save(args, outputs)
+            ctx.set_materialize_grads(False)
+        ctx.op, ctx.args = op, len(args)
+        kept = [*args, *outputs]
+        ctx.where = [i for i, a in enumerate(kept) if isinstance(a, Tensor)]
+        ctx.rest = [None if isinstance(a, Tensor) else a for a in kept]
+        ctx.save_for_backward(*(kept[i] for i in ctx.where))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        args = list(ctx.rest)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        kept = list(ctx.rest)
         for i, t in zip(ctx.where, ctx.saved_tensors, strict=True):
-            args[i] = t
-        wanted = [i for i in ctx.where if ctx.needs_input_grad[i + 1]]
+            kept[i] = t
+        args, outputs = kept[: ctx.args], kept[ctx.args :]
+        wanted = ctx.needs_input_grad[1:]
+        if ctx.op.backward is None:
+            return None, *formula_gradients(ctx.op.reference, grads, args, wanted)
+        if all(grad is None for grad in grads):
+            return (None,) * (1 + ctx.args)
+        return None, *ctx.op.backward(grads, args, outputs, wanted)
 
-        def formula(*leaves: Tensor) -> Any:
-            for i, leaf in zip(wanted, leaves, strict=True):
-                args[i] = leaf
-            return ctx.op.reference(*args)
 
-        pullback = torch.func.vjp(formula, *(args[i] for i in wanted))[1]
-        found = dict(zip(wanted, pullback(grads if len(grads) > 1 else grads[0]), strict=True))
-        return None, *(found.get(i) for i in range(len(args)))
+def formula_gradients(
+    formula: Callable[..., Any], grads: Sequence[Tensor | None], args: Values, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of `formula(*args)` for the wanted arguments, in torch's own ops, so that they can be differentiated.
+
+    grads: those of the outputs; None counts as 0.
+    """
+    places = [i for i, want in enumerate(wanted) if want]
+
+    def of(*leaves: Tensor) -> Any:
+        given = list(args)
+        for i, leaf in zip(places, leaves, strict=True):
+            given[i] = leaf
+        return formula(*given)
+
+    outputs, pullback = torch.func.vjp(of, *(args[i] for i in places))[:2]
+    single = isinstance(outputs, Tensor)
+    full = [
+        torch.zeros_like(out) if grad is None else grad
+        for out, grad in zip([outputs] if single else outputs, grads, strict=True)
+    ]
+    found = dict(zip(places, pullback(full[0] if single else tuple(full)), strict=True))
+    return [found.get(i) for i in range(len(args))]
 
 
 @contextmanager
