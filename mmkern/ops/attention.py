@@ -25,13 +25,9 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor
     return out, query.new_empty((*lead, heads, q_len), dtype=dtype)
 
 
-def _refuse_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, *_: object
-) -> str | None:
+def _refuse_cpu(query: Tensor, *_: object) -> str | None:
     if query.dtype not in _KERNEL_DTYPES:
         return f"the CPU kernels take float32, bfloat16 and float16, not {query.dtype}"
-    if dropout_p > 0:
-        return "dropout has no CPU kernel"
     return None
 
 
@@ -278,12 +274,12 @@ def _mask(mask: Tensor | None, query: Tensor, key: Tensor, rank: int, enable_gqa
     if rank == 3 and not enable_gqa and mask.dim() == 3:
         mask = mask.unsqueeze(-3)
     shape = (*query.shape[:-1], key.shape[-2])
-    try:
-        return mask.expand(shape)
-    except RuntimeError:
+    missing = len(shape) - mask.dim()
+    if missing < 0 or any(n not in (1, m) for n, m in zip(mask.shape, shape[missing:], strict=True)):
         raise ValueError(
             f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., heads, q_len, k_len) = {shape}"
-        ) from None
+        )
+    return mask[(None,) * missing] if missing else mask
 
 
 def _same_device(name: str, t: Tensor, query: Tensor) -> None:

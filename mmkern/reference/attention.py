@@ -88,6 +88,7 @@ def attention(
     if dropout_seed is not None:
         keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
+        visible = visible & keep
     out = _weighted_sum(weights, v, visible).to(query.dtype)
     return _as_output(out), lse
 
