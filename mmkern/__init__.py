@@ -2,6 +2,7 @@
 
 from mmkern.ops.attention import scaled_dot_product_attention
 from mmkern.ops.dispatch import Choice, backend, explain
+from mmkern.ops.loss import cross_entropy
 from mmkern.ops.position import add_positional_encoding, embed_tokens
 from mmkern.ops.rotary import alibi_slopes, rotary
 from mmkern.ops.softmax import log_softmax, masked_softmax, softmax
@@ -12,6 +13,7 @@ __all__ = [
     "add_positional_encoding",
     "alibi_slopes",
     "backend",
+    "cross_entropy",
     "embed_tokens",
     "explain",
     "log_softmax",

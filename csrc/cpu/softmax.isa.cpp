@@ -8,8 +8,8 @@
 // instead: once for maximum and sum together, once for the result.
 #include "cpu/softmax.h"
 
-#include "cpu/exp_to.h"
 #include "cpu/parallel.h"
+#include "cpu/softmax_row.h"
 #include "cpu/stream.h"
 #include "cpu/vec.h"
 
@@ -30,11 +30,6 @@ constexpr int64_t kSumVecs = 64;  // summed apart: rounding grows with 64 terms,
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int lanes_left(int64_t n) { return n < kLanes ? int(n) : kLanes; }
-
-template <class T>
-inline Vec load_part(const T* p, int n) {
-  return n == kLanes ? load(p) : load_n(p, n);
-}
 
 // Adds a term to n scores. Minus infinity and false hide an element whatever it holds, NaN
 // included.
@@ -96,20 +91,6 @@ float write_scores(const S* x, float scale, MaskKind kind, const void* data, int
     case MaskKind::none: break;
   }
   return write_scores(x, scale, static_cast<const NoTerm*>(nullptr), s, n);
-}
-
-template <class S>
-float row_max(const S* x, int64_t n) {
-  Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    for (int i = 0; i < 4; ++i) top[i] = max(top[i], load(x + j + i * kLanes));
-  }
-  for (; j + kLanes <= n; j += kLanes) top[0] = max(top[0], load(x + j));
-  if (const int left = int(n - j)) {
-    top[1] = max(top[1], select(first_n(left), load_n(x + j, left), set1(-kInf)));
-  }
-  return reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
 // e = exp(x - shift), n of each, as exact as T; returns the sum. e may be x, or null. Meanwhile

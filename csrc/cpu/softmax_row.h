@@ -1,10 +1,28 @@
-// The exponential of softmax and of losses, as exact as the result it goes into. For *.isa.cpp
-// files.
+// Steps over a row that softmax and losses share. For *.isa.cpp files.
 #pragma once
 
 #include "cpu/vec.h"
 
 namespace mmkern::MMKERN_ISA {
+
+template <class T>
+inline Vec load_part(const T* p, int n) {
+  return n == kLanes ? load(p) : load_n(p, n);
+}
+
+template <class S>
+inline float row_max(const S* x, int64_t n) {
+  Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) top[i] = max(top[i], load(x + j + i * kLanes));
+  }
+  for (; j + kLanes <= n; j += kLanes) top[0] = max(top[0], load(x + j));
+  if (const int left = int(n - j)) {
+    top[1] = max(top[1], select(first_n(left), load_n(x + j, left), set1(-kInf)));
+  }
+  return reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
+}
 
 // 2^f for f in [-0.5, 0.5], as exact as a result of type T can show: relative error 1e-7 for
 // float32, 3e-6 for float16 (which rounds at 5e-4), 1e-4 for bfloat16 (4e-3).
