@@ -163,14 +163,18 @@ def test_what_ran() -> None:
 
 
 def test_second_derivatives_of_kernels() -> None:
-    """float32 through the kernels against float64 through the formula."""
+    """float32, by kernels and then one batch entry at a time, against float64 through the formula as a whole."""
+    mask, heads = randn(1, 2, 9, 11, seed=3), torch.rand(2) + 0.5
     results = []
     for dtype in (torch.float64, torch.float32):
-        q, k, v = (t.detach().to(dtype).requires_grad_() for t in leaves(9, 11, 8))
+        shared = [
+            t.detach().to(dtype).requires_grad_() for t in (*leaves(9, 11, 8), mask, heads, heads.log(), heads / 9)
+        ]
         torch.manual_seed(1)
-        out = attention(q, k, v, is_causal=True, dropout_p=0.25)
-        first = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
-        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v)))
+        options = dict(zip(("attn_mask", "temperature", "sinks", "alibi_slopes"), shared[3:], strict=True))
+        out, lse = attention(*shared[:3], is_causal=True, dropout_p=0.25, return_lse=True, **options)
+        first = torch.autograd.grad(out.square().sum() + lse.sum(), shared, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), shared))
     for exact, found in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
