@@ -51,12 +51,14 @@ class Problem:
     exact: torch's formula in float64 on the same rounded inputs. Not mmkern's own reference: a mistake in the
         public function, which leads to the kernel and to that reference alike, would not show.
     compared: picks the part of an output that `exact` gives, where all of it would not fit in memory.
+    kind: "forward", or "gradient" where the outputs are gradients: which rule of mmkern.testing holds.
     """
 
     ours: Call
     baselines: Sequence[Baseline]
     exact: Call
     compared: Callable[[Tensor], Tensor] = lambda output: output
+    kind: str = "forward"
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def check(problem: Problem) -> tuple[Accuracy, list[mmkern.Choice]]:
     actual, baseline = ([problem.compared(t) for t in (o if isinstance(o, tuple) else (o,))] for o in outputs)
     exact = problem.exact()
     exact = exact if isinstance(exact, tuple) else (exact,)
-    found = [accuracy(a, e, b) for a, e, b in zip(actual, exact, baseline, strict=True)]
+    found = [accuracy(a, e, b, problem.kind) for a, e, b in zip(actual, exact, baseline, strict=True)]
     return max(found, key=lambda one: (not one.ok, one.max_error / one.bound)), ran
 
 
