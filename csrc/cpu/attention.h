@@ -36,6 +36,8 @@ struct AttentionArgs {
   const int64_t* key_lengths;         // [batch] or null
   const float* sinks;                 // [heads] or null
   bool causal_lower_right;
+  double dropout_p;
+  int64_t seed;
 };
 
 // Keys are split for parallelism where there are few query rows (rows = heads / kv_heads * q_len).

@@ -16,7 +16,7 @@
 #include "cpu/attention_scores.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
+#include "cpu/philox.h"
 
 namespace mmkern::MMKERN_ISA {
 namespace {
@@ -26,27 +26,11 @@ constexpr int64_t kChunkBlocks = 8;            // at most this many blocks share
 constexpr int64_t kKeys = 256;                 // keys per block; half where head dims exceed 128
 constexpr int64_t kDirectTiles = 2;            // up to this many tiles of rows read keys unpacked
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Bump allocation inside one thread's scratch; called once with null to measure.
-struct Arena {
-  char* base;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t n) {
-    T* p = reinterpret_cast<T*>(base + used);
-    used += round_up(n * int64_t(sizeof(T)), 64);
-    return p;
-  }
-};
-
 template <class Dot>
 struct Buffers {
   using Word = typename Dot::Word;
   Word *q, *k, *v, *p;
-  float *scores, *o, *key_norms;
+  float *scores, *o, *key_norms, *keep;
   Row* rows;
   int32_t* bad;
   size_t bytes;
@@ -61,20 +45,12 @@ struct Buffers {
     p = per == 1 ? reinterpret_cast<Word*>(scores) : a.take<Word>(kBlockRows * keys / per);
     o = a.take<float>(rows_n * padded);
     key_norms = a.take<float>(keys);
+    keep = a.take<float>(keys + 4 * kLanes);
     rows = a.take<Row>(rows_n);
     bad = a.take<int32_t>(keys);
     bytes = a.used;
   }
 };
-
-// Asks for rows that will be read soon, into L1 (kNear) or L2.
-template <bool kNear, class T>
-void fetch_rows(const T* rows, int64_t row, int64_t n, int64_t dim) {
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch(rows + i * row + d, 0, kNear ? 3 : 2);
-  }
-}
 
 // One call of the kernel for a storage type T and a way of multiplying. Unpacked reading (direct_)
 // needs F32Dot.
@@ -92,6 +68,7 @@ class Attention {
   const bool cosine_ = a_.similarity == Similarity::cosine;
   const bool distance_ = a_.similarity >= Similarity::euclidean;
   const bool masked_ = a_.mask_kind != MaskKind::none;
+  const Dropout dropout_{a_.dropout_p, a_.seed};
   // Whether a tile may hold keys that some of its rows must not see.
   const bool hides_ =
       masked_ || (a_.q_len > 1 && (a_.is_causal || a_.window_left >= 0 || a_.window_right >= 0));
@@ -123,34 +100,6 @@ class Attention {
   }
 
  private:
-  void make_row(int64_t batch, int64_t kv_head, int64_t flat, Row& r) const {
-    // Queries of one position lie together, so that a block sees the narrowest range of keys.
-    r.head = kv_head * group_ + flat % group_;
-    r.index = flat / group_;
-    const int64_t length = a_.key_lengths ? a_.key_lengths[batch] : a_.k_len;
-    r.position = r.index + (a_.causal_lower_right ? length - a_.q_len : 0);
-    r.lo = a_.window_left < 0 ? 0 : larger(0, r.position - a_.window_left);
-    r.hi = length;
-    if (a_.is_causal) r.hi = smaller(r.hi, r.position + 1);
-    if (a_.window_right >= 0) r.hi = smaller(r.hi, r.position + a_.window_right + 1);
-    r.hi = larger(r.hi, 0);
-    r.lo = smaller(r.lo, r.hi);
-    r.factor = a_.scale * (a_.temperature ? a_.temperature[r.head] : 1.0f);
-    if (a_.softcap == 0.0f) r.factor *= kLog2e;
-    r.slope = a_.alibi_slopes ? a_.alibi_slopes[batch * a_.heads + r.head] * kLog2e : 0.0f;
-    const T* q = query(batch, r);
-    if (cosine_) r.factor *= reciprocal_norm(q, a_.head_dim);
-    r.norm = distance_ ? squared_norm(q, a_.head_dim) : 0.0f;
-    r.mask = masked_ ? a_.mask.batch[batch] + r.head * a_.mask.head + r.index * a_.mask.row : 0;
-    r.m = -kInf;
-    r.l = 0.0f;
-  }
-
-  const T* query(int64_t batch, const Row& r) const {
-    return static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + r.head * a_.q.head +
-           r.index * a_.q.row;
-  }
-
   void run_task(int64_t unit, int64_t chunk) {
     const int64_t split = unit % call_.splits, kv_head = unit / call_.splits % a_.kv_heads;
     const int64_t batch = unit / call_.splits / a_.kv_heads;
@@ -158,12 +107,11 @@ class Attention {
     const size_t bytes = Buffers<Dot>(nullptr, n, keys_, words_, padded_).bytes;
     const Buffers<Dot> b(static_cast<char*>(thread_scratch(bytes)), n, keys_, words_, padded_);
 
-    const T* keys = static_cast<const T*>(a_.k.data) + a_.k.batch[batch] + kv_head * a_.k.head;
-    const T* values = static_cast<const T*>(a_.v.data) + a_.v.batch[batch] + kv_head * a_.v.head;
+    const T* keys = head_of<const T>(a_.k, batch, kv_head);
+    const T* values = head_of<const T>(a_.v, batch, kv_head);
     // Rows of a transposed projection lie far apart: ask for all before the first is waited for.
     for (int64_t h = 0; h < group_; ++h) {
-      const T* q =
-          static_cast<const T*>(a_.q.data) + a_.q.batch[batch] + (kv_head * group_ + h) * a_.q.head;
+      const T* q = head_of<const T>(a_.q, batch, kv_head * group_ + h);
       fetch_rows<true>(q + first / group_ * a_.q.row, a_.q.row, (n + group_ - 1) / group_,
                        a_.head_dim);
     }
@@ -174,8 +122,8 @@ class Attention {
 
     int64_t lo = a_.k_len, hi = 0;
     for (int64_t i = 0; i < n; ++i) {
-      make_row(batch, kv_head, first + i, b.rows[i]);
-      pack_row<Dot>(query(batch, b.rows[i]), a_.head_dim, b.q + i * words_, words_);
+      b.rows[i] = make_row<T>(a_, batch, kv_head, first + i);
+      pack_row<Dot>(row_of<const T>(a_.q, b.rows[i]), a_.head_dim, b.q + i * words_, words_);
       if (b.rows[i].lo < b.rows[i].hi) {
         lo = smaller(lo, b.rows[i].lo);
         hi = larger(hi, b.rows[i].hi);
@@ -190,13 +138,7 @@ class Attention {
       const int64_t count = smaller(keys_, hi - j);
       const T *k = keys + j * a_.k.row, *v = values + j * a_.v.row;
       int64_t bads = 0;
-      if (cosine_ || distance_) {
-        for (int64_t i = 0; i < count; ++i) {
-          const T* row = k + i * a_.k.row;
-          b.key_norms[i] =
-              cosine_ ? reciprocal_norm(row, a_.head_dim) : squared_norm(row, a_.head_dim);
-        }
-      }
+      measure_keys(a_, k, count, b.key_norms);
       bool direct = direct_;
       for (int64_t i = 0; direct && hides_ && i < count; ++i) {
         direct = all_finite(v + i * a_.v.row, a_.value_dim);
@@ -217,7 +159,7 @@ class Attention {
     }
     for (int64_t i = 0; i < n; ++i) {
       if (call_.splits == 1) {
-        finish(batch, b.rows[i], b.o + i * padded_);
+        finish(b.rows[i], b.o + i * padded_);
       } else {
         float* to = partial(batch * a_.kv_heads + kv_head, split, first + i);
         memcpy(to, b.o + i * padded_, a_.value_dim * sizeof(float));
@@ -230,18 +172,11 @@ class Attention {
   // Rows [first, first + n) of the task against keys [j, j + count).
   void run_block(const Buffers<Dot>& b, int64_t first, int64_t n, int64_t j, int64_t count,
                  const T* k, const T* v, bool direct, int64_t bads) {
-    struct Range {
-      int64_t lo, hi;
-    } range[kBlockRows / kTileRows];
+    Range range[kBlockRows / kTileRows];
     const int64_t tiles = (n + kTileRows - 1) / kTileRows;
     for (int64_t t = 0; t < tiles; ++t) {
-      range[t] = {count, 0};
-      for (int64_t i = t * kTileRows; i < smaller(n, (t + 1) * kTileRows); ++i) {
-        const Row& r = b.rows[first + i];
-        const int64_t lo = larger(r.lo - j, 0), hi = smaller(r.hi - j, count);
-        if (lo < hi) range[t] = {smaller(range[t].lo, lo), larger(range[t].hi, hi)};
-      }
-      range[t].lo = range[t].lo / kLanes * kLanes;
+      const int64_t row = t * kTileRows;
+      range[t] = visible_range(b.rows + first + row, smaller(kTileRows, n - row), j, count);
     }
     // A panel of keys stays in L1 over all rows.
     for (int64_t panel = 0; panel < count; panel += kPanel) {
@@ -263,7 +198,7 @@ class Attention {
         }
         const int64_t vecs = (smaller(range[t].hi - panel, kPanel) + kLanes - 1) / kLanes;
         with_tile(int(rows), int(vecs),
-                  ScoreTile<Dot>{q, words_, b.k + panel * words_, scores + panel, keys_});
+                  ScoreTile<Dot>{q, words_, words_, b.k + panel * words_, scores + panel, keys_});
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
@@ -318,11 +253,12 @@ class Attention {
   float softmax_row(const Buffers<Dot>& b, Row& r, const Word* q, float* s, Word* p, int64_t lo,
                     int64_t hi, int64_t j) {
     const int64_t end = round_up(hi, kLanes);
-    float factor = r.factor;
+    float factor = r.factor * (a_.softcap == 0.0f ? kLog2e : 1.0f);
     const bool plain = !cosine_ && !distance_ && !masked_ && a_.softcap == 0.0f &&
                        !a_.alibi_slopes && factor > 0.0f && factor < kInf;
     if (!plain) {
-      score_row<Dot>(a_, r, q, b.k, b.key_norms, s, lo, end, j);
+      measure_similarity<Dot>(a_, r, q, b.k, b.key_norms, factor, s, lo, end);
+      add_biases(a_, r, s, nullptr, lo, end, j);
       factor = 1.0f;
     }
     if (r.lo - j > lo || r.hi - j < end) hide_edges(s, lo, end, r.lo - j, r.hi - j);
@@ -342,11 +278,15 @@ class Attention {
                                        : first_lane(exp2(set1(r.m - shift)));
     r.m = m;
 
+    // Dropout acts on the weights, not on the sum that they are divided by.
+    if (dropout_.on()) {
+      dropout_factors(dropout_, r.batch, r.head, r.index, j + lo, end - lo, b.keep + lo);
+    }
     Vec sum = zero();
     for (i = lo; i < end; i += kLanes) {
       const Vec weight = exp2(fma(load(s + i), set1(factor), set1(-shift)));
       sum = sum + weight;
-      store_weight(p, i, weight);
+      store_weight(p, i, dropout_.on() ? weight * load(b.keep + i) : weight);
     }
     r.l = r.l * rescale + reduce_add(sum);
     return rescale;
@@ -364,8 +304,7 @@ class Attention {
   void merge_splits(int64_t unit) {
     float* o = static_cast<float*>(thread_scratch(padded_ * sizeof(float)));
     for (int64_t i = 0; i < rows_; ++i) {
-      Row r;
-      make_row(unit / a_.kv_heads, unit % a_.kv_heads, i, r);
+      Row r = make_row<T>(a_, unit / a_.kv_heads, unit % a_.kv_heads, i);
       memset(o, 0, padded_ * sizeof(float));
       for (int64_t split = 0; split < call_.splits; ++split) {
         const float* from = partial(unit, split, i);
@@ -376,11 +315,11 @@ class Attention {
         r.l = r.l * mine + from[a_.value_dim + 1] * its;
         r.m = top;
       }
-      finish(unit / a_.kv_heads, r, o);
+      finish(r, o);
     }
   }
 
-  void finish(int64_t batch, Row& r, const float* o) {
+  void finish(Row& r, const float* o) {
     if (a_.sinks) {  // one more score, with no value
       const float sink = a_.sinks[r.head] * kLog2e;
       const float m = sink > r.m ? sink : r.m;
@@ -388,21 +327,20 @@ class Attention {
         const float mine = exp2f(r.m - m);
         r.l = r.l * mine + exp2f(sink - m);
         r.m = m;
-        write(batch, r, o, r.l == 0.0f ? 0.0f : mine / r.l);
+        write(r, o, r.l == 0.0f ? 0.0f : mine / r.l);
         return;
       }
     }
-    write(batch, r, o, r.l == 0.0f ? 0.0f : 1.0f / r.l);
+    write(r, o, r.l == 0.0f ? 0.0f : 1.0f / r.l);
   }
 
-  void write(int64_t batch, const Row& r, const float* o, float factor) {
-    T* out = static_cast<T*>(a_.out.data) + a_.out.batch[batch] + r.head * a_.out.head +
-             r.index * a_.out.row;
+  void write(const Row& r, const float* o, float factor) {
+    T* out = row_of<T>(a_.out, r);
     for (int64_t d = 0; d < a_.value_dim; d += kLanes) {
       store_n(out + d, load(o + d) * set1(factor), int(smaller(a_.value_dim - d, kLanes)));
     }
     const float lse = r.l == 0.0f ? -kInf : (r.m + log2f(r.l)) * kLn2;
-    a_.lse[(batch * a_.heads + r.head) * a_.q_len + r.index] = lse;
+    a_.lse[flat_index(a_, r)] = lse;
   }
 };
 

@@ -3,53 +3,12 @@
 // instructions. For attention.isa.cpp.
 #pragma once
 
-#include "cpu/attention.h"
+#include "cpu/attention_rows.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/mask.h"
 
 namespace mmkern::MMKERN_ISA {
 namespace {
-
-// What a query row needs beside its elements. Keys [lo, hi) are visible, as far as the mask allows.
-struct Row {
-  int64_t head, index;  // which query: head and position
-  int64_t lo, hi;
-  float factor;      // score = similarity * factor, in log2 units unless soft-capped
-  float norm;        // squared length of the query
-  float slope;       // ALiBi, log2 units
-  int64_t position;  // of the query on the key axis
-  int64_t mask;      // first element of its row of the mask
-  float m, l;        // running maximum and sum
-};
-
-template <class T>
-float squared_norm(const T* x, int64_t n) {
-  Vec sum = zero();
-  for (int64_t d = 0; d < n; d += kLanes) {
-    const Vec v = load_n(x + d, n - d < kLanes ? int(n - d) : kLanes);
-    sum = fma(v, v, sum);
-  }
-  return reduce_add(sum);
-}
-
-// 1 / max(|x|, 1e-12), by way of the largest element where the squares overflow or underflow.
-template <class T>
-float reciprocal_norm(const T* x, int64_t n) {
-  float square = squared_norm(x, n);
-  float top = 1.0f;
-  if (!(square > 1e-30f && square < 1e38f)) {
-    top = 0.0f;
-    for (int64_t d = 0; d < n; ++d) {
-      const float v = fabsf(to_float(x[d]));
-      if (!(v <= top)) top = v;
-    }
-    if (top == 0.0f || !(top < kInf)) return top == 0.0f ? 1e12f : top * 0.0f;
-    square = 0.0f;
-    for (int64_t d = 0; d < n; ++d) square += (to_float(x[d]) / top) * (to_float(x[d]) / top);
-  }
-  const float norm = sqrtf(square);
-  return norm < 1e-12f / top ? 1e12f : 1.0f / norm / top;
-}
 
 // tanh by way of expm1, exact near 0 where the score is not capped at all.
 inline Vec tanh(Vec x) {
@@ -78,6 +37,11 @@ inline void hide_edges(float* s, int64_t lo, int64_t end, int64_t first, int64_t
   }
 }
 
+// Positions of kLanes keys from j on, relative to the query's, without sign.
+inline Vec distance_along(const Row& r, int64_t j) {
+  return abs(iota() + set1(float(j - r.position)));
+}
+
 template <class Dot>
 float distance2(const typename Dot::Word* q, const typename Dot::Word* k, int64_t dim) {
   float sum = 0.0f;
@@ -92,8 +56,8 @@ float distance2(const typename Dot::Word* q, const typename Dot::Word* k, int64_
 // element.
 template <class Dot>
 void measure_distances(const AttentionArgs& a, const Row& r, const typename Dot::Word* q,
-                       const typename Dot::Word* keys, const float* key_norms, float* s, int64_t lo,
-                       int64_t end) {
+                       const typename Dot::Word* keys, const float* key_norms, float factor,
+                       float* s, int64_t lo, int64_t end) {
   const int64_t words = (a.head_dim + Dot::kPerWord - 1) / Dot::kPerWord;
   const bool root = a.similarity == Similarity::euclidean;
   for (int64_t i = lo; i < end; i += kLanes) {
@@ -110,32 +74,43 @@ void measure_distances(const AttentionArgs& a, const Row& r, const typename Dot:
       }
       square = load(squares);
     }
-    store(s + i, (root ? sqrt(square) : square) * set1(-r.factor));
+    store(s + i, (root ? sqrt(square) : square) * set1(-factor));
   }
 }
 
-// Dot products [lo, end) of row r with the keys from j on -> scores in log2 units, in place.
+// Dot products [lo, end) of row r with a block of keys -> similarities times `factor`, in place.
 template <class Dot>
-void score_row(const AttentionArgs& a, const Row& r, const typename Dot::Word* q,
-               const typename Dot::Word* keys, const float* key_norms, float* s, int64_t lo,
-               int64_t end, int64_t j) {
+void measure_similarity(const AttentionArgs& a, const Row& r, const typename Dot::Word* q,
+                        const typename Dot::Word* keys, const float* key_norms, float factor,
+                        float* s, int64_t lo, int64_t end) {
   if (a.similarity >= Similarity::euclidean) {
-    measure_distances<Dot>(a, r, q, keys, key_norms, s, lo, end);
+    measure_distances<Dot>(a, r, q, keys, key_norms, factor, s, lo, end);
   } else if (a.similarity == Similarity::cosine) {
+    const Vec both = set1(r.norm * factor);
     for (int64_t i = lo; i < end; i += kLanes) {
-      store(s + i, load(s + i) * (load(key_norms + i) * set1(r.factor)));
+      store(s + i, load(s + i) * (load(key_norms + i) * both));
     }
   } else {
-    for (int64_t i = lo; i < end; i += kLanes) store(s + i, load(s + i) * set1(r.factor));
+    for (int64_t i = lo; i < end; i += kLanes) store(s + i, load(s + i) * set1(factor));
   }
+}
+
+// Scaled similarities of row r with the keys from j on -> scores in log2 units, in place. `tanhs`,
+// if not null, gets what the soft cap multiplies.
+inline void add_biases(const AttentionArgs& a, const Row& r, float* s, float* tanhs, int64_t lo,
+                       int64_t end, int64_t j) {
   if (a.softcap != 0.0f) {
     const Vec inverse = set1(1.0f / a.softcap), cap = set1(a.softcap * kLog2e);
-    for (int64_t i = lo; i < end; i += kLanes) store(s + i, tanh(load(s + i) * inverse) * cap);
+    for (int64_t i = lo; i < end; i += kLanes) {
+      const Vec t = tanh(load(s + i) * inverse);
+      if (tanhs) store(tanhs + i, t);
+      store(s + i, t * cap);
+    }
   }
   if (a.alibi_slopes) {
+    const Vec slope = set1(r.slope * kLog2e);
     for (int64_t i = lo; i < end; i += kLanes) {
-      const Vec distance = abs(iota() + set1(float(j + i - r.position)));
-      store(s + i, fnma(set1(r.slope), distance, load(s + i)));
+      store(s + i, fnma(slope, distance_along(r, j + i), load(s + i)));
     }
   }
   if (a.mask_kind != MaskKind::none) {

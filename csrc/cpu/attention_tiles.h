@@ -64,8 +64,9 @@ struct StoredDot {
   static Vec fma(Word a, B b, Vec acc) { return F32Dot::fma(a, b, acc); }
 };
 
-// acc[r][v] += sum over k < depth of a[r][k] * b[k][v]
-template <class Dot, int kRows, int kVecs, class Column>
+// acc[r][v] += sum over k < depth of a[r][k] * b[k][v], where a[r][k] lies at r * a_row + k, or
+// with kAcross at k * a_row + r.
+template <class Dot, bool kAcross = false, int kRows, int kVecs, class Column>
 inline void outer_product(const typename Dot::Word* a, int64_t a_row, const Column* b,
                           int64_t b_row, int64_t depth, Vec (&acc)[kRows][kVecs]) {
   for (int64_t k = 0; k < depth; ++k) {
@@ -75,7 +76,9 @@ inline void outer_product(const typename Dot::Word* a, int64_t a_row, const Colu
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = Dot::fma(a[r * a_row + k], column[v], acc[r][v]);
+      for (int v = 0; v < kVecs; ++v) {
+        acc[r][v] = Dot::fma(a[kAcross ? k * a_row + r : r * a_row + k], column[v], acc[r][v]);
+      }
     }
   }
 }
@@ -119,6 +122,35 @@ void update_tile(const typename Dot::Word* a, int64_t a_row, const Column* b, in
     }
   }
 }
+
+// out[r][v] += sum over k of a[r][k] * b[k][v], for run-time rows and vecs.
+template <class Dot, bool kAcross>
+struct AddTile {
+  const typename Dot::Word* a;
+  int64_t a_row;
+  const typename Dot::Word* b;
+  int64_t b_row, depth;
+  float* out;
+  int64_t out_row;
+  template <int kRows, int kVecs>
+  void run() const {
+    Vec acc[kRows][kVecs];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
+    }
+    outer_product<Dot, kAcross>(a, a_row, b, b_row, depth, acc);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        float* to = out + r * out_row + v * kLanes;
+        store(to, load(to) + acc[r][v]);
+      }
+    }
+  }
+};
 
 // Calls f.template operator()<rows, vecs>() for run-time rows in 1..kTileRows and vecs
 // in 1..kTileVecs.
@@ -235,13 +267,13 @@ int64_t pack_values(const T* v, int64_t v_row, int64_t keys, int64_t dim, int64_
 template <class Dot>
 struct ScoreTile {
   const typename Dot::Word* q;
-  int64_t words;
+  int64_t q_row, words;
   const typename Dot::Word* k;
   float* scores;
   int64_t scores_row;
   template <int kRows, int kVecs>
   void run() const {
-    product_tile<Dot, kRows, kVecs>(q, words, k, kPanel, words, scores, scores_row);
+    product_tile<Dot, kRows, kVecs>(q, q_row, k, kPanel, words, scores, scores_row);
   }
 };
 template <class Dot, class Column>

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace mmkern {
 namespace {
@@ -39,6 +40,16 @@ void run_tasks(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     for (int64_t task = next++; task < tasks; task = next++) fn(context, task);
   });
 }
+
+void await_turn(const int32_t* turn, int32_t value) {
+  // Another thread is at most one block ahead: some ten microseconds. Where there are more threads
+  // than cores it may not be running at all: let it.
+  for (int looked = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != value; ++looked) {
+    if (looked > 1000) std::this_thread::yield();
+  }
+}
+
+void pass_turn(int32_t* turn, int32_t next) { __atomic_store_n(turn, next, __ATOMIC_RELEASE); }
 
 void* thread_scratch(size_t bytes) {
   thread_local std::unique_ptr<void, Free> memory;

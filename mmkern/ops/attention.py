@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, sqrt
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op
+from mmkern.ops.dispatch import Op, Values
 from mmkern.reference import Similarity
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,24 +26,75 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor
     return out, query.new_empty((*lead, heads, q_len), dtype=dtype)
 
 
-def _refuse_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, *_: object
-) -> str | None:
+def _refuse_cpu(query: Tensor, *_: object) -> str | None:
     if query.dtype not in _KERNEL_DTYPES:
         return f"the CPU kernels take float32, bfloat16 and float16, not {query.dtype}"
-    if dropout_p > 0:
-        return "dropout has no CPU kernel"
     return None
 
 
-_attention = Op(
-    "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
+# query, key, value, attn_mask, temperature, alibi_slopes, sinks: what may have a gradient
+_LEAVES = (0, 1, 2, 3, 8, 12, 14)
+_SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
     "float scale, int similarity, Tensor? temperature, int window_left, int window_right, float softcap, "
-    "Tensor? alibi_slopes, Tensor? key_lengths, Tensor? sinks, bool causal_lower_right, Tensor? dropout_seed) "
-    "-> (Tensor, Tensor)",
+    "Tensor? alibi_slopes, Tensor? key_lengths, Tensor? sinks, bool causal_lower_right, Tensor? dropout_seed"
+)
+
+
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *args, wanted = query, *rest
+    found = []
+    for bit, i in enumerate(_LEAVES):
+        t = args[i]
+        if not wanted >> bit & 1:
+            found.append(query.new_empty(0, dtype=torch.float32 if t is None else t.dtype))
+        else:
+            found.append(_like(t) if i < 3 else t.new_empty(t.shape))
+    return tuple(found)
+
+
+def _like(t: Tensor) -> Tensor:
+    """What the kernel allocates for a gradient of t (csrc/cpu/attention_backward.cpp: like)."""
+    unit = t.shape[-1] <= 1 or t.stride(-1) == 1
+    out = torch.empty_like(t if unit else t.contiguous())
+    return out if t.shape[-1] <= 1 or out.stride(-1) == 1 else t.new_empty(t.shape)
+
+
+def _refuse_cpu_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *_: object
+) -> str | None:
+    return _refuse_cpu(query)
+
+
+_attention_backward = Op(
+    "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " + _SCHEMA + ", int wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.attention_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _refuse_cpu_backward},
+)
+
+
+def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    grad_out, grad_lse = grads
+    if grad_out is None:
+        grad_out = torch.zeros_like(outputs[0])
+    bits = sum(wanted[i] << bit for bit, i in enumerate(_LEAVES))
+    found = _attention_backward(grad_out, grad_lse, *outputs, *args, bits)
+    gradients: list[Tensor | None] = [None] * len(args)
+    for i, gradient in zip(_LEAVES, found, strict=True):
+        gradients[i] = gradient if wanted[i] else None
+    return gradients
+
+
+_attention = Op(
+    f"attention_fwd({_SCHEMA}) -> (Tensor, Tensor)",
     reference=reference.attention,
     fake=_fake,
     kernels={"cpu": _refuse_cpu},
+    backward=_backward,
 )
 
 
@@ -278,12 +330,12 @@ def _mask(mask: Tensor | None, query: Tensor, key: Tensor, rank: int, enable_gqa
     if rank == 3 and not enable_gqa and mask.dim() == 3:
         mask = mask.unsqueeze(-3)
     shape = (*query.shape[:-1], key.shape[-2])
-    try:
-        return mask.expand(shape)
-    except RuntimeError:
+    missing = len(shape) - mask.dim()
+    if missing < 0 or any(n not in (1, m) for n, m in zip(mask.shape, shape[missing:], strict=True)):
         raise ValueError(
             f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., heads, q_len, k_len) = {shape}"
-        ) from None
+        )
+    return mask[(None,) * missing] if missing else mask
 
 
 def _same_device(name: str, t: Tensor, query: Tensor) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmkern.reference.gradients import formula_gradients
+
 _C: ModuleType | None
 try:
     from mmkern import _C
@@ -199,31 +201,6 @@ class _Differentiable(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (1 + ctx.args)
         return None, *ctx.op.backward(grads, args, outputs, wanted)
-
-
-def formula_gradients(
-    formula: Callable[..., Any], grads: Sequence[Tensor | None], args: Values, wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of `formula(*args)` for the wanted arguments, in torch's own ops, so that they can be differentiated.
-
-    grads: those of the outputs; None counts as 0.
-    """
-    places = [i for i, want in enumerate(wanted) if want]
-
-    def of(*leaves: Tensor) -> Any:
-        given = list(args)
-        for i, leaf in zip(places, leaves, strict=True):
-            given[i] = leaf
-        return formula(*given)
-
-    outputs, pullback = torch.func.vjp(of, *(args[i] for i in places))[:2]
-    single = isinstance(outputs, Tensor)
-    full = [
-        torch.zeros_like(out) if grad is None else grad
-        for out, grad in zip([outputs] if single else outputs, grads, strict=True)
-    ]
-    found = dict(zip(places, pullback(full[0] if single else tuple(full)), strict=True))
-    return [found.get(i) for i in range(len(args))]
 
 
 @contextmanager

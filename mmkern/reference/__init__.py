@@ -1,6 +1,6 @@
 """The definition of each op in plain torch: what tests, benchmarks and devices without a kernel use."""
 
-from mmkern.reference.attention import Similarity, attention
+from mmkern.reference.attention import Similarity, attention, attention_backward
 from mmkern.reference.position import add_positional_encoding, embed_tokens, positional_encoding
 from mmkern.reference.rotary import rotary, rotary_qk
 from mmkern.reference.softmax import log_softmax, log_softmax_out, masked_softmax, softmax, softmax_out
@@ -9,6 +9,7 @@ __all__ = [
     "Similarity",
     "add_positional_encoding",
     "attention",
+    "attention_backward",
     "embed_tokens",
     "log_softmax",
     "log_softmax_out",

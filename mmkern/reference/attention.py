@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkern.reference.gradients import formula_gradients
 from mmkern.reference.philox import keep_mask
 
 
@@ -88,8 +90,29 @@ def attention(
     if dropout_seed is not None:
         keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
+        visible = visible & keep
     out = _weighted_sum(weights, v, visible).to(query.dtype)
     return _as_output(out), lse
+
+
+def attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of `attention` for its seven float tensors, empty where its bit of the last argument is not set.
+
+    `rest` is what `attention` takes after query, then that bit mask. The formula needs neither out nor lse.
+    """
+    *args, wanted = query, *rest
+    places = (0, 1, 2, 3, 8, 12, 14)  # query, key, value, attn_mask, temperature, alibi_slopes, sinks
+    which = [i in places and bool(wanted >> places.index(i) & 1) for i in range(len(args))]
+    found = formula_gradients(attention, (grad_out, grad_lse), args, which)
+    return tuple(_or_empty(found[i], args[i], query) for i in places)
+
+
+def _or_empty(gradient: Tensor | None, of: Tensor | None, query: Tensor) -> Tensor:
+    if gradient is not None:
+        return gradient
+    return query.new_empty(0, dtype=torch.float32 if of is None else of.dtype)
 
 
 def _similarity(q: Tensor, k: Tensor, kind: int) -> Tensor:

@@ -1,0 +1,38 @@
+// Arguments of the attention backward kernel.
+#pragma once
+
+#include "cpu/attention.h"
+
+namespace mmkern {
+
+// Sums over the keys of a row, which become gradients of what a row, head or batch has once.
+enum RowSum { kSumWeights, kSumTemperature, kSumSlope, kSumMask, kRowSums };
+
+// Gradients with a null `data` (or a null pointer) are not wanted.
+struct AttentionBackwardArgs {
+  AttentionArgs forward;  // with its result: out and lse
+  Operand grad_out;
+  const float* grad_lse;  // [batch][heads][q_len] or null
+  Operand grad_q, grad_k, grad_v;
+  // Gradient of a mask that has rows and columns of its own: float32, zeros to start from. Where
+  // several units share an element, unit u (batch * kv_heads + key head) is the `mask_place[u]`th
+  // to add to the part of the mask that is numbered mask_part[u].
+  Operand grad_mask;
+  const int32_t *mask_part, *mask_place;
+  bool mask_shared;
+  float* column_sums;     // [batch][heads][k_len]: gradients of scores summed over the rows; zeros
+  float* row_sums;        // [units][rows][kRowSums]: zeros
+  float* grad_sink_rows;  // [batch][heads][q_len]: what each row adds to the gradient of its sink
+  bool temperature, slopes, mask_rows;  // which row sums are wanted
+  float* delta;                         // [batch][heads][q_len]: scratch
+  float* grad_q_sums;  // [units][rows][head_dim, rounded up]: scratch, unless key_blocks is 1
+  int64_t query_blocks, key_blocks, block_keys;  // block_keys: a multiple of 64
+  int32_t* query_turns;  // [units][query_blocks]: next key block to add to grad_q; zeros
+  int32_t* mask_turns;   // [parts][key_blocks][query_blocks]: next place to add; zeros
+};
+
+constexpr int64_t kBackwardRows = 96;  // query rows of a block
+
+MMKERN_KERNEL(attention_backward, AttentionBackwardArgs)
+
+}  // namespace mmkern
