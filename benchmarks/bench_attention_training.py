@@ -25,7 +25,7 @@ SHAPES = [
     Shape("attention-backward", "one head 2048", 1, (1, 1), 2048, 2048, 64),
     Shape("attention-backward-causal", "Llama prefill 512", 1, (32, 8), 512, 512, 128, "quick", options=CAUSAL),
     Shape("attention-backward-causal", "GPT-2 1024", 1, (12, 12), 1024, 1024, 64, options=CAUSAL),
-    Shape("attention-backward-causal", "1024 tokens", 2, (8, 8), 1024, 1024, 64, options=CAUSAL),
+    Shape("attention-backward-causal", "1024 tokens", 2, (8, 8), 1024, 1024, 64, "full", options=CAUSAL),
     Shape("attention-dropout", "BERT-base 128", 8, (12, 12), 128, 128, 64, "quick", options=DROPOUT),
     Shape("attention-dropout", "BERT-base 512", 2, (12, 12), 512, 512, 64, options=DROPOUT),
     Shape("attention-dropout", "GPT-2 1024", 1, (12, 12), 1024, 1024, 64, "full", options=CAUSAL | DROPOUT),
