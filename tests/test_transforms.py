@@ -233,3 +233,15 @@ def test_numerical_derivatives(row):
     checks = {"check_batched_grad": True, "fast_mode": True}
     torch.autograd.gradcheck(row.ours, x, check_forward_ad=True, check_batched_forward_grad=True, **checks)
     torch.autograd.gradgradcheck(row.ours, x, check_fwd_over_rev=True, check_rev_over_rev=True, **checks)
+
+
+@pytest.mark.parametrize("op", ["scaled_dot_product_attention", "masked_softmax", "add_positional_encoding"])
+def test_dropout_draws_under_vmap_as_told(op):
+    x = torch.ones(3, 2, 8, 16)
+    rest = (x[0], x[0]) if op == "scaled_dot_product_attention" else ()
+    call = partial(getattr(mmkern, op), dropout_p=0.5)
+    same, different = (torch.vmap(lambda t: call(t, *rest), randomness=how)(x) for how in ("same", "different"))
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(lambda t: call(t, *rest))(x)
