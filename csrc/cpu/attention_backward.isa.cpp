@@ -341,12 +341,12 @@ class AttentionBackward {
   void row_gradients(const Buffers& b, int64_t r, float* weights, float* scores, int64_t lo,
                      int64_t end, int64_t j) const {
     const Row& row = b.rows[r];
-    float factor = row.factor * kLog2e;
+    float factor = float(row.factor * kLog2eExact);
     const bool plain = plain_ && factor > 0.0f && factor < kInf;
     if (!plain) {
       measure_similarity<Dot>(a_, row, b.q + r * q_row_, b.k_panels, b.key_norms, 1.0f, weights, lo,
                               end);
-      const Vec scaled = set1(a_.softcap == 0.0f ? factor : row.factor);
+      const Vec scaled = set1(a_.softcap == 0.0f ? factor : float(row.factor));
       for (int64_t i = lo; i < end; i += kLanes) {
         store(b.similarity + i, load(weights + i));
         store(weights + i, load(weights + i) * scaled);
@@ -358,10 +358,15 @@ class AttentionBackward {
     if (dropout_.on()) {
       dropout_factors(dropout_, row.batch, row.head, row.index, j + lo, end - lo, b.keep + lo);
     }
-    const Vec scale = set1(factor), shift = set1(-b.lse[r] * kLog2e), delta = set1(b.delta[r]);
-    const Vec chain = set1(plain ? row.factor : 1.0f);
+    // In two parts: rounding lse * log2 e, some units, to a float would cost weights their last
+    // bits.
+    const double lse = double(b.lse[r]) * kLog2eExact;
+    const float high = float(lse), low = float(lse - double(high));
+    const Vec scale = set1(factor), shift = set1(-high), rest = set1(-low),
+              delta = set1(b.delta[r]);
+    const Vec chain = set1(plain ? float(row.factor) : 1.0f);
     for (int64_t i = lo; i < end; i += kLanes) {
-      Vec weight = exp2(fma(load(weights + i), scale, shift)), grad = load(scores + i);
+      Vec weight = exp2(fma(load(weights + i), scale, shift) + rest), grad = load(scores + i);
       if (dropout_.on()) grad = grad * load(b.keep + i);
       // Where the weight is 0, a NaN in the value does not matter.
       grad = select(equal(weight, zero()), zero(), weight * (grad - delta));
@@ -402,13 +407,13 @@ class AttentionBackward {
     if (g_.temperature) {
       // A hidden key's similarity may be NaN; its gradient is 0.
       sums[kSumTemperature] =
-          a_.scale * sum(lo, end, [&](int64_t i) {
+          float(a_.scale) * sum(lo, end, [&](int64_t i) {
             const Vec grad = load(scores + i);
             return select(equal(grad, zero()), zero(), grad * load(b.similarity + i));
           });
     }
     for (int64_t i = lo; i < end; i += kLanes) {
-      Vec grad = load(scores + i) * set1(row.factor);
+      Vec grad = load(scores + i) * set1(float(row.factor));
       if (cosine_) grad = grad * (load(b.key_norms + i) * set1(row.norm));
       store(scores + i, select(equal(load(scores + i), zero()), zero(), grad));
     }
