@@ -45,15 +45,15 @@ def check(case: Case, which: tuple[str, ...] = (), layout: str = "contiguous") -
     grads = randn(*shape, dtype=dtype, seed=8, layout=layout), randn(*shape[:-1], seed=9)
     exact = gradients(ours, case.cast(torch.float64), *grads)
     baseline = gradients(formula, case.cast(torch.float32), *grads)
-    few = dtype != torch.float32 and shape[0] * shape[1] * shape[2] * case.k.shape[-2] < 256  # a norm is no average
     for isa in which or isas():
         with mmkern.backend("cpu", isa=isa, strict=True), poisoned():
             found = gradients(ours, case, *grads)
         for name, gradient in found.items():
             result = accuracy(gradient, exact[name], baseline[name].to(dtype), "gradient", dtype)
             near, average = result.max_error <= result.bound, result.relative_l2 <= result.limit
-            good = (near or average) if name in TOTALS else near and (average or few)
-            assert good and result.same_nonfinite, f"{name} on {isa}: {result}"
+            good = (near or average) if name in TOTALS else near and average
+            assert good, f"{name} on {isa}: {result}"
+            assert result.same_nonfinite, f"{name} on {isa}: {result}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
