@@ -384,14 +384,18 @@ class AttentionBackward {
     if (!alone) {
       for (int64_t i = lo; i < end; i += kLanes) put(i, weight_at(i), grad_at(i));
     } else {
-      // All that the row sees is here, and so is its delta, free of the rounding of out.
-      Vec total = zero();
+      // All that the row sees is here, and so is its delta, free of the rounding of out. Divided by
+      // the sum of the weights, whose common error lse leaves: large scores would make it show.
+      Vec total = zero(), all = zero();
       for (int64_t i = lo; i < end; i += kLanes) {
         const Vec weight = weight_at(i);
         total = total + select(equal(weight, zero()), zero(), weight * grad_at(i));
+        all = all + weight;
         store(weights + i, weight);
       }
-      delta = set1(reduce_add(total) - (g_.grad_lse ? g_.grad_lse[flat_index(a_, row)] : 0.0f));
+      const float sink = a_.sinks ? expf(a_.sinks[row.head] - b.lse[r]) : 0.0f;
+      delta = set1(reduce_add(total) / (reduce_add(all) + sink) -
+                   (g_.grad_lse ? g_.grad_lse[flat_index(a_, row)] : 0.0f));
       for (int64_t i = lo; i < end; i += kLanes) put(i, load(weights + i), grad_at(i));
     }
     if (!plain && wants_scores_) row_features(b, r, scores, lo, end, j);
