@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmkern
-from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
+from mmkern.benchmarks.measure import DTYPES, Baseline, Call, Case, Problem
 from mmkern.testing import randn
 
 ALL, TWO, F32 = tuple(DTYPES), ("float32", "bfloat16"), ("float32",)
@@ -155,19 +155,19 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
     ours = partial(mmkern.scaled_dot_product_attention, q, k, v, **options)
     named = [Baseline(formula.__name__.strip("_").replace("_", " "), call)]
     if formula is F.scaled_dot_product_attention:
-        named = [Baseline("sdpa", call), *_pinned(call, device)]
+        named = [Baseline("sdpa", call), *pinned(lambda: call, device)]
     return Problem(ours, [*named, *baselines], exact, lambda output: output[:, :, ::step])
 
 
-def _pinned(call: Callable[[], Tensor], device: str) -> list[Baseline]:
-    """torch's attention with each backend pinned: on CPU the math one, on CUDA all of them.
+def pinned(new: Callable[[], Call], device: str) -> list[Baseline]:
+    """torch's attention, a `new` call for each backend pinned: on CPU the math one, on CUDA all of them.
 
     On CPU torch's own choice is flash wherever flash can run, so pinning that would time the same kernel twice.
     """
     backends = [SDPBackend.MATH]
     if device != "cpu":
         backends += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    return [Baseline(f"sdpa {b.name.lower()}", call, partial(sdpa_kernel, b)) for b in backends]
+    return [Baseline(f"sdpa {b.name.lower()}", new(), partial(sdpa_kernel, b)) for b in backends]
 
 
 def _heads_as_rows(rows: Tensor, k: Tensor, v: Tensor, shape: torch.Size) -> Tensor:

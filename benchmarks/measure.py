@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import mmkern
+from mmkern.benchmarks.memory import peak_bytes
 from mmkern.testing import Accuracy, accuracy
 
 SAMPLE_SECONDS = 2e-3  # shortest timed stretch: a clock read and loop entry of 0.2 us are then 0.01%
@@ -27,6 +28,7 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 201
 HOPELESS = 3.0  # a baseline whose first call takes this many times the best so far is not timed again
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+SEED = 1234  # of torch's generator when the check calls ours
 LEVELS = ("quick", "default", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,16 +49,23 @@ class Problem:
     """One case with its inputs made: callables without arguments that return a tensor or a tuple of tensors.
 
     ours: the mmkern call under test.
-    baselines: the first one is also the yardstick of accuracy.
+    baselines: the first one is also the yardstick of accuracy, unless there is a `yardstick`.
     exact: torch's formula in float64 on the same rounded inputs. Not mmkern's own reference: a mistake in the
-        public function, which leads to the kernel and to that reference alike, would not show.
+        public function, which leads to the kernel and to that reference alike, would not show. What ours draws at
+        random is drawn again after torch.manual_seed(SEED).
     compared: picks the part of an output that `exact` gives, where all of it would not fit in memory.
+    kind: "forward", or "gradient" where the outputs are gradients: which rule of mmkern.testing holds.
+        Peak memory is measured for gradients.
+    yardstick: torch's way to the same numbers in the same dtype, never timed, where the baselines draw random
+        numbers of their own and so compute something else.
     """
 
     ours: Call
     baselines: Sequence[Baseline]
     exact: Call
     compared: Callable[[Tensor], Tensor] = lambda output: output
+    kind: str = "forward"
+    yardstick: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,8 @@ class Result:
     screened: dict[str, float | str] = field(default_factory=dict)  # baseline -> seconds, or why it has none
     pair: Pair | None = None
     ceiling: float | None = None  # GFLOP/s or GB/s of `bound`, measured in this run
+    peak_bytes: int | None = None  # most tensor memory that one call holds at once; for gradients only
+    torch_peak_bytes: int | None = None  # the same for `against`
 
     @property
     def seconds(self) -> float | None:
@@ -236,14 +247,16 @@ def screen(baselines: Sequence[Baseline], device: str = "cpu") -> dict[str, floa
 def check(problem: Problem) -> tuple[Accuracy, list[mmkern.Choice]]:
     """Accuracy of ours (the worst of its outputs) by the rule of mmkern.testing, and what ran."""
     kept: list[Any] = []
-    ran = mmkern.explain(lambda: kept.append(problem.ours()))
-    yardstick = problem.baselines[0]
+    yardstick = Baseline("yardstick", problem.yardstick) if problem.yardstick else problem.baselines[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        ran = mmkern.explain(lambda: kept.append(problem.ours()))
     with yardstick.context():
         outputs = [kept[0], yardstick.call()]
     actual, baseline = ([problem.compared(t) for t in (o if isinstance(o, tuple) else (o,))] for o in outputs)
     exact = problem.exact()
     exact = exact if isinstance(exact, tuple) else (exact,)
-    found = [accuracy(a, e, b) for a, e, b in zip(actual, exact, baseline, strict=True)]
+    found = [accuracy(a, e, b, problem.kind) for a, e, b in zip(actual, exact, baseline, strict=True)]
     return max(found, key=lambda one: (not one.ok, one.max_error / one.bound)), ran
 
 
@@ -272,6 +285,10 @@ def measure(
         result.against = min(timed_ones, key=timed_ones.__getitem__)
         against = next(b for b in problem.baselines if b.name == result.against)
         result.ceiling = ceiling(case)
+        if problem.kind == "gradient":
+            result.peak_bytes = peak_bytes(problem.ours, device)
+            with against.context():
+                result.torch_peak_bytes = peak_bytes(against.call, device)
         result.pair = time_pair(problem.ours, against, budget, device)
     except Exception as error:  # one broken case must not cost the others their numbers
         result.status = "error"

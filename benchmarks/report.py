@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mmkern.benchmarks.measure import Pair, Result, geometric_mean, median
 SCHEMA = "mmkern.bench/1"
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 LOADED = 0.5  # one-minute load average above which a quiet machine is not assumed
+MEMORY = "peak memory (torch)"
 CEILING_NAMES = {"fma": "FMA", "bf16_dot": "bf16 dot", "copy": "copy", "read": "read"}
 HOW = (
     "Each case is first held against torch in float64; one that fails shows no time. Times are medians. A speedup "
@@ -20,7 +21,8 @@ HOW = (
     "alternating order, against the fastest of torch's ways to compute the same thing (the last column); in "
     "brackets its 95% bootstrap interval. Of peak is the share of what this machine reached in the same run: "
     "multiply-adds or bf16 dot products for attention, copy bandwidth (for decode: read bandwidth) at the case's own "
-    "size for the rest. Max error is the largest difference from float64, torch's own behind it."
+    "size for the rest. Max error is the largest difference from float64, torch's own behind it. Peak memory, measured "
+    "where gradients are computed, is the most tensor memory that a call holds at once beyond what it was given."
 )
 
 
@@ -76,8 +78,15 @@ class Table:
             if name is None or sum(widths) + 3 * len(widths) <= width:
                 break
             kept.remove(self.header.index(name))
-        pick = tuple(self.header[i] for i in kept)
-        return Table(self.title, pick, [tuple(row[i] for i in kept) for row in self.rows], self.words)
+        return self._pick(kept)
+
+    def without(self, name: str) -> Table:
+        return self._pick([i for i, column in enumerate(self.header) if column != name])
+
+    def _pick(self, kept: Sequence[int]) -> Table:
+        header = tuple(self.header[i] for i in kept)
+        rows = [tuple(row[i] for i in kept) for row in self.rows]
+        return replace(self, header=header, rows=rows, spare=tuple(name for name in self.spare if name in header))
 
 
 def duration(seconds: float) -> str:
@@ -85,6 +94,14 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{_three_digits(seconds / size)} {unit}"
     return f"{_three_digits(seconds * 1e6)} µs"
+
+
+def memory(count: int) -> str:
+    """Bytes in KiB, MiB or GiB."""
+    for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if count >= one:
+            return f"{_three_digits(count / one)} {unit}"
+    return f"{_three_digits(count / 1024)} KiB"
 
 
 def _three_digits(value: float) -> str:
@@ -101,8 +118,10 @@ def family_tables(results: Sequence[Result]) -> list[Table]:
     tables = []
     for family in dict.fromkeys(r.family for r in results):
         rows = [_row(r) for r in results if r.family == family]
-        words, spare = (*header[:4], "torch's way"), ("torch's way", "size", "max error (torch)", "of peak", "rate")
-        tables.append(Table(family, (*header, "torch's way"), rows, words, spare))
+        words = (*header[:4], "torch's way")
+        spare = ("torch's way", "size", "max error (torch)", "of peak", "rate", MEMORY)
+        table = Table(family, (*header, MEMORY, "torch's way"), rows, words, spare)
+        tables.append(table if any(row[-2] for row in rows) else table.without(MEMORY))
     return tables
 
 
@@ -110,12 +129,15 @@ def _row(r: Result) -> tuple[str, ...]:
     head = (r.op, r.shape, r.dims, SHORT.get(r.dtype, r.dtype))
     errors = "" if r.max_error is None else f"{r.max_error:.1e} ({r.torch_error:.1e})"
     if r.pair is None:
-        return (*head, "" if r.status == "ok" else r.status.upper(), "", "", "", "", errors, "")
+        return (*head, "" if r.status == "ok" else r.status.upper(), "", "", "", "", errors, "", "")
     unit = "GFLOP/s" if r.bound in ("fma", "bf16_dot") else "GB/s"
     rate = "" if r.rate is None else f"{_three_digits(r.rate)} {unit}"
     share = "" if r.of_ceiling is None else f"{r.of_ceiling:.0%} {CEILING_NAMES[r.bound]}"
     times = duration(median(r.pair.ours)), duration(median(r.pair.theirs))
-    return (*head, *times, speedup(r.pair), rate, share, errors, r.against)
+    held = ""
+    if r.peak_bytes is not None and r.torch_peak_bytes is not None:
+        held = f"{memory(r.peak_bytes)} ({memory(r.torch_peak_bytes)})"
+    return (*head, *times, speedup(r.pair), rate, share, errors, held, r.against)
 
 
 def summary(results: Sequence[Result]) -> Table:

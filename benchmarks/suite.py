@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmkern.benchmarks import bench_attention, bench_position, bench_softmax
+from mmkern.benchmarks import bench_attention, bench_attention_training, bench_position, bench_softmax
 from mmkern.benchmarks.measure import DTYPES, LEVELS, Case
 
-FAMILIES = {"attention": bench_attention, "softmax": bench_softmax, "position": bench_position}
+FAMILIES = {
+    "attention": (bench_attention, bench_attention_training),
+    "softmax": (bench_softmax,),
+    "position": (bench_position,),
+}
 
 
 def select(ops: Sequence[str] = (), dtypes: Sequence[str] = (), level: str = "default") -> list[Case]:
@@ -16,7 +20,7 @@ def select(ops: Sequence[str] = (), dtypes: Sequence[str] = (), level: str = "de
     Raises:
         ValueError: a name that no case has, with those that exist.
     """
-    every = [case for module in FAMILIES.values() for case in module.cases()]
+    every = [case for modules in FAMILIES.values() for module in modules for case in module.cases()]
     known = [*FAMILIES, *dict.fromkeys(case.op for case in every)]
     for given, names in ((ops, known), (dtypes, [*DTYPES]), ([level], LEVELS)):
         for name in given:

@@ -2,226 +2,97 @@
 
 from __future__ import annotations
 
-import math
+import re
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_cases import ALONE, DTYPES, Case, cases, formula, tensors
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 import mmkern
-from mmkern.testing import assert_accurate, isas, poisoned, randn
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIMILARITIES = ("dot", "cosine", "euclidean", "squared_euclidean")
-LENGTHS = (0, 1, 2, 5, 6, 7, 48, 49, 63, 64, 65, 130, 257, 300)
-HEAD_DIMS = (1, 3, 8, 16, 20, 32, 64, 72, 80, 96, 128, 129, 160, 256)
+from mmkern.testing import assert_accurate, isas, poisoned
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, o: dict) -> tuple[Tensor, Tensor]:
-    """What `scaled_dot_product_attention(q, k, v, **o)` documents, in q's dtype, one batch and head at a time."""
-    (batch, heads, q_len, dim), (_, kv_heads, k_len, _) = q.shape, k.shape
-    similarity = o.get("similarity", "dot")
-    scale = o.get("scale")
-    if scale is None:
-        scale = 1 / math.sqrt(dim) if similarity == "dot" else 1.0
-    i, j = torch.arange(q_len)[:, None], torch.arange(k_len)[None, :]
-    out, lse = q.new_zeros(batch, heads, q_len, v.shape[-1]), q.new_zeros(batch, heads, q_len)
-    for b in range(batch):
-        n = k_len if o.get("key_lengths") is None else int(o["key_lengths"].expand(batch)[b])
-        offset = n - q_len if o.get("causal_alignment") == "lower_right" else 0
-        left, right = o.get("window") or (None, None)
-        hidden = (j >= n).expand(q_len, k_len).clone()
-        hidden |= (j > i + offset) if o.get("is_causal") else False
-        hidden |= (j < i + offset - left) if left is not None else False
-        hidden |= (j > i + offset + right) if right is not None else False
-        for h in range(heads):
-            x, y, z = q[b, h], k[b, h * kv_heads // heads], v[b, h * kv_heads // heads]
-            if similarity == "dot":
-                s = x @ y.T
-            elif similarity == "cosine":
-                s = F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
-            else:
-                s = -torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-                s = s if similarity == "euclidean" else -s.square()
-            t = o.get("temperature")
-            s = s * scale * (1.0 if t is None else t if isinstance(t, float) else t.to(s).expand(heads)[h])
-            s = s if o.get("softcap") is None else o["softcap"] * torch.tanh(s / o["softcap"])
-            if o.get("alibi_slopes") is not None:
-                s = s - o["alibi_slopes"].to(s).expand(batch, heads)[b, h] * (i + offset - j).abs()
-            gone = hidden
-            if o.get("attn_mask") is not None:
-                m = o["attn_mask"].expand(batch, heads, q_len, k_len)[b, h]
-                s = s if m.dtype == torch.bool else s + m.to(s)
-                gone = hidden | (~m if m.dtype == torch.bool else m == -math.inf)
-            s = s.masked_fill(gone, -math.inf)
-            if o.get("sinks") is not None:
-                s = torch.cat([s, o["sinks"][h].to(s).expand(q_len, 1)], -1)
-            lse[b, h] = s.logsumexp(-1) if s.shape[-1] else -math.inf
-            p = torch.exp(s - lse[b, h, :, None].nan_to_num(neginf=0.0))[:, :k_len]
-            out[b, h] = p @ z
-    return out, lse
-
-
-class Case:
-    """Arguments of one call; its repr is what a failing test prints."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> None:
-        self.q, self.k, self.v, self.options = q, k, v, options
-
-    def __repr__(self) -> str:
-        shown = {
-            n: f"{x.dtype}{tuple(x.shape)}" if isinstance(x, Tensor) else x
-            for n, x in {"q": self.q, "k": self.k, "v": self.v, **self.options}.items()
-        }
-        return str(shown)
-
-    def cast(self, dtype: torch.dtype) -> Case:
-        def to(x: object) -> object:
-            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-        return Case(to(self.q), to(self.k), to(self.v), {n: to(x) for n, x in self.options.items()})
-
-    def check(self, which: tuple[str, ...] = ()) -> None:
-        """Every instruction set (or `which`) against the formula in float64; and the reference, exactly."""
-        wide = self.cast(torch.float64)
-        exact, exact_lse = formula(wide.q, wide.k, wide.v, wide.options)
-        ours = mmkern.scaled_dot_product_attention(wide.q, wide.k, wide.v, **wide.options, return_lse=True)
-        for got, want in zip(ours, (exact, exact_lse), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
-        usual = self.cast(torch.float32)
-        baseline, baseline_lse = formula(usual.q, usual.k, usual.v, usual.options)
-        for isa in which or (*isas(), None):
-            backend = mmkern.backend("cpu", isa=isa, strict=True) if isa else mmkern.backend("reference")
-            with backend, poisoned():
-                out, lse = mmkern.scaled_dot_product_attention(self.q, self.k, self.v, **self.options, return_lse=True)
-            assert out.dtype == self.q.dtype
-            assert lse.dtype == torch.float32
-            assert_accurate(out, exact, baseline.to(self.q.dtype))
-            assert_accurate(lse, exact_lse, baseline_lse, dtype=torch.float32)
-
-
-def tensors(dtype: torch.dtype = torch.float32, batch=2, heads=4, kv_heads=2, q_len=33, k_len=70, dim=24, v_dim=24):
-    return (
-        randn(batch, heads, q_len, dim, dtype=dtype, seed=1),
-        randn(batch, kv_heads, k_len, dim, dtype=dtype, seed=2),
-        randn(batch, kv_heads, k_len, v_dim, dtype=dtype, seed=3),
-    )
-
-
-BIAS = randn(2, 4, 33, 70, seed=4)
-KEEP = BIAS > -0.5
-ALONE = {
-    "cosine": {"similarity": "cosine", "temperature": 7.5},
-    "cosine, learned": {"similarity": "cosine", "temperature": torch.tensor([0.5, 2.0, 9.0, -3.0])},
-    "euclidean": {"similarity": "euclidean"},
-    "squared_euclidean": {"similarity": "squared_euclidean", "scale": 0.05},
-    "temperature of one": {"temperature": torch.tensor(2.5)},
-    "negative scale": {"scale": -0.3},
-    "zero scale": {"scale": 0.0},
-    "bool mask": {"attn_mask": KEEP},
-    "bool mask of keys": {"attn_mask": KEEP[:, :1, :1]},
-    "bool mask of queries": {"attn_mask": KEEP[:, :1, :, :1]},
-    "bool mask of heads": {"attn_mask": KEEP[0, :, :1]},
-    "float mask": {"attn_mask": BIAS},
-    "float mask (L, S)": {"attn_mask": BIAS[0, 0]},
-    "float mask with holes": {"attn_mask": BIAS.masked_fill(~KEEP, -math.inf)},
-    "float mask, transposed": {"attn_mask": BIAS.mT.contiguous().mT},
-    "causal": {"is_causal": True},
-    "causal, lower right": {"is_causal": True, "causal_alignment": "lower_right"},
-    "window": {"window": (9, 3)},
-    "window to the left": {"window": (5, 0), "causal_alignment": "lower_right"},
-    "window, half open": {"window": (None, 2)},
-    "window without bounds": {"window": (2**40, 2**40)},
-    "softcap": {"softcap": 1.5, "scale": 1.0},
-    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0])},
-    "alibi of each batch": {"alibi_slopes": randn(2, 4, seed=5).abs(), "causal_alignment": "lower_right"},
-    "lengths": {"key_lengths": torch.tensor([70, 31])},
-    "lengths, one empty": {"key_lengths": torch.tensor([0, 1], dtype=torch.int32)},
-    "lengths, lower right": {
-        "key_lengths": torch.tensor([41, 20]),
-        "is_causal": True,
-        "causal_alignment": "lower_right",
-    },
-    "sinks": {"sinks": torch.tensor([0.0, 3.0, -math.inf, -2.0])},
-}
+def check(case: Case, which: tuple[str, ...] = ()) -> None:
+    """Every instruction set (or `which`) against the formula in float64; and the reference, exactly."""
+    wide = case.cast(torch.float64)
+    exact, exact_lse = formula(wide.q, wide.k, wide.v, wide.options)
+    ours = mmkern.scaled_dot_product_attention(wide.q, wide.k, wide.v, **wide.options, return_lse=True)
+    for got, want in zip(ours, (exact, exact_lse), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+    usual = case.cast(torch.float32)
+    baseline, baseline_lse = formula(usual.q, usual.k, usual.v, usual.options)
+    for isa in which or (*isas(), None):
+        backend = mmkern.backend("cpu", isa=isa, strict=True) if isa else mmkern.backend("reference")
+        with backend, poisoned():
+            out, lse = mmkern.scaled_dot_product_attention(case.q, case.k, case.v, **case.options, return_lse=True)
+        assert out.dtype == case.q.dtype
+        assert lse.dtype == torch.float32
+        assert_accurate(out, exact, baseline.to(case.q.dtype))
+        assert_accurate(lse, exact_lse, baseline_lse, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ALONE)
 def test_alone(name: str, dtype: torch.dtype) -> None:
-    Case(*tensors(dtype), {"enable_gqa": True, **ALONE[name]}).check()
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[Case, str]:
-    def pick(*choices: object) -> object:
-        return draw(st.sampled_from(choices))
-
-    dtype, similarity = pick(*DTYPES), pick(*SIMILARITIES)
-    batch, kv_heads, group = pick(1, 2, 3), pick(1, 2), pick(1, 1, 2, 5)
-    heads, q_len, k_len = kv_heads * group, pick(*LENGTHS), pick(*LENGTHS)
-    dim = pick(*HEAD_DIMS)
-    if batch * heads * q_len * k_len * dim > 4e6:
-        batch, heads, kv_heads, q_len = 1, group, 1, 7
-    seed, layout = pick(1, 2, 3), pick("contiguous", "transposed", "strided", "offset", "expanded")
-    v_dim = pick(dim, dim, 1, 16, 40, 130)
-    q = randn(batch, heads, q_len, dim, dtype=dtype, seed=seed, layout=layout)
-    k = randn(batch, kv_heads, k_len, dim, dtype=dtype, seed=seed + 10, layout=pick("contiguous", layout))
-    v = randn(batch, kv_heads, k_len, v_dim, dtype=dtype, seed=seed + 20, layout=pick("contiguous", layout))
-    scale = {"dot": None, "cosine": 4.0, "euclidean": 0.3, "squared_euclidean": 1 / dim}[similarity]
-    full = tuple(pick(n, 1) for n in (batch, heads, q_len, k_len))[pick(0, 0, 1, 2) :]
-    bias = randn(*full, seed=seed + 30)
-    mask = {"no": None, "bool": bias > -0.7, "float32": bias, "own": bias.to(dtype)}
-    mask["holes"] = bias.masked_fill(bias < -0.7, -math.inf)
-    slopes = randn(batch, heads, seed=seed).abs() / 50  # scores of 100 and more would cost float32 its 1e-6
-    options = {
-        "attn_mask": mask[pick("no", "no", *mask)],
-        "is_causal": pick(False, True),
-        "scale": scale,
-        "enable_gqa": heads != kv_heads or pick(False, True),
-        "similarity": similarity,
-        "temperature": pick(None, 0.7, torch.tensor(1.5), randn(heads, seed=seed).abs()),
-        "window": pick(None, None, (0, 0), (5, None), (None, 3), (100, 50)),
-        "softcap": pick(None, None, 2.0),
-        "alibi_slopes": pick(None, None, slopes[0], slopes),
-        "key_lengths": pick(None, None, torch.arange(batch) * k_len // batch, torch.tensor(k_len)),
-        "sinks": pick(None, None, randn(heads, seed=seed)),
-        "causal_alignment": pick("upper_left", "lower_right"),
-    }
-    return Case(q, k, v, options), pick(*isas(), None)
+    check(Case(*tensors(dtype), {"enable_gqa": True, **ALONE[name]}))
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(cases())
 def test_combined(drawn: tuple[Case, str]) -> None:
     case, isa = drawn
-    case.check((isa,))
+    check(case, (isa,))
 
 
-GRADIENTS = {
-    "plain": {},
-    "causal, float mask with holes": {"attn_mask": BIAS[:, :2, :3, :4].masked_fill(~KEEP[:, :2, :3, :4], -math.inf)},
-    "cosine": {"similarity": "cosine", "temperature": torch.tensor([2.0, -3.0])},
-    "euclidean": {"similarity": "euclidean", "window": (2, 1)},
-    "squared_euclidean": {"similarity": "squared_euclidean", "key_lengths": torch.tensor([0, 3])},
-    "the rest": {"softcap": 1.5, "is_causal": True, "alibi_slopes": randn(2).abs(), "sinks": randn(2, seed=9)},
+Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 6)
+LONG = torch.ones(5, 7, dtype=torch.int64)
+ERRORS = {
+    "query: expected a Tensor, got list": (TypeError, {"query": [1]}),
+    "key: expected at least 2 dims": (ValueError, {"key": torch.zeros(7)}),
+    "key: dtype torch.float64 where query has torch.float32": (TypeError, {"key": K.double()}),
+    "query: expected float32, .* got torch.int64": (TypeError, {"query": Q.long(), "key": K.long(), "value": V.long()}),
+    "key: its last dim must be query's .*(2, 2, 7, 9)": (ValueError, {"key": torch.zeros(2, 2, 7, 9)}),
+    "value: its length must be key's; .*(2, 2, 6, 6)": (ValueError, {"value": torch.zeros(2, 2, 6, 6)}),
+    "value: on device meta where query is on cpu": (ValueError, {"value": V.to("meta")}),
+    "key: leading dims do not broadcast": (ValueError, {"key": torch.zeros(3, 2, 7, 8)}),
+    "key: 2 heads where query has 4; with enable_gqa=True": (ValueError, {"enable_gqa": False}),
+    "key: its 3 heads must divide query's 4": (
+        ValueError,
+        {"key": torch.zeros(2, 3, 7, 8), "value": torch.zeros(2, 3, 7, 6)},
+    ),
+    "attn_mask: expected a Tensor of bool, float32 .* got torch.int64": (
+        TypeError,
+        {"attn_mask": LONG},
+    ),
+    "attn_mask: shape (5, 6) does not broadcast to .*(2, 4, 5, 7)": (ValueError, {"attn_mask": torch.ones(5, 6)}),
+    "attn_mask: shape (1, 2, 4, 5, 7) does not": (ValueError, {"attn_mask": torch.ones(1, 2, 4, 5, 7)}),
+    "attn_mask: on device meta": (ValueError, {"attn_mask": torch.ones(5, 7, device="meta")}),
+    "dropout_p: expected a number in [0, 1], got 1.5": (ValueError, {"dropout_p": 1.5}),
+    "dropout_p: expected a number, got str": (TypeError, {"dropout_p": "0.1"}),
+    "scale: expected a finite number, got nan": (ValueError, {"scale": float("nan")}),
+    "similarity: expected one of dot, cosine, .* got 'cos'": (ValueError, {"similarity": "cos"}),
+    "temperature: shape (3,) where query has 4 heads": (ValueError, {"temperature": torch.ones(3)}),
+    "temperature: expected a floating-point Tensor, got torch.int64": (
+        TypeError,
+        {"temperature": LONG[0]},
+    ),
+    "window: expected a pair": (ValueError, {"window": 5}),
+    "window: expected sides >= 0": (ValueError, {"window": (-1, 0)}),
+    "window: expected integers or None": (TypeError, {"window": (1.5, 0)}),
+    "softcap: expected a number > 0, got 0": (ValueError, {"softcap": 0}),
+    "alibi_slopes: shape (2, 3) where query has 4 heads": (ValueError, {"alibi_slopes": torch.ones(2, 3)}),
+    "key_lengths: expected values in [0, 7], got 3..8": (ValueError, {"key_lengths": torch.tensor([3, 8])}),
+    "key_lengths: expected a Tensor of int32 or int64, got torch.float32": (TypeError, {"key_lengths": torch.ones(2)}),
+    "key_lengths: shape (3,) does not broadcast to query's batch": (ValueError, {"key_lengths": torch.ones(3).long()}),
+    "sinks: shape (2,) where query has 4 heads": (ValueError, {"sinks": torch.ones(2)}),
+    "causal_alignment: expected one of upper_left, lower_right, got 'left'": (ValueError, {"causal_alignment": "left"}),
 }
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients(name: str) -> None:
-    small = tensors(heads=2, kv_heads=1, q_len=3, k_len=4, dim=2, v_dim=2)
-    case = Case(*small, {"enable_gqa": True, **GRADIENTS[name]}).cast(torch.float64)
-    names = [n for n, x in case.options.items() if isinstance(x, Tensor) and x.is_floating_point()]
-    leaves = [x.requires_grad_() for x in (case.q, case.k, case.v, *(case.options[n] for n in names))]
-
-    def call(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        options = {**case.options, **dict(zip(names, rest, strict=True)), "return_lse": True}
-        out, lse = mmkern.scaled_dot_product_attention(q, k, v, **options)
-        return out, lse.clamp_min(-1e9)  # finite differences cannot subtract infinities
-
-    assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(lambda *x: call(*x)[0], leaves)
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_the_argument(message: str) -> None:
+    error, wrong = ERRORS[message]
+    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
+    with pytest.raises(error, match=pattern):
+        mmkern.scaled_dot_product_attention(**{"query": Q, "key": K, "value": V, "enable_gqa": True} | wrong)

@@ -27,7 +27,7 @@ struct AttentionArgs {
   MaskKind mask_kind;
   Operand mask;
   bool is_causal;
-  float scale;
+  double scale;
   Similarity similarity;
   const float* temperature;           // [heads] or null
   int64_t window_left, window_right;  // -1: unbounded

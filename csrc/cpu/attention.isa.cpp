@@ -253,7 +253,7 @@ class Attention {
   float softmax_row(const Buffers<Dot>& b, Row& r, const Word* q, float* s, Word* p, int64_t lo,
                     int64_t hi, int64_t j) {
     const int64_t end = round_up(hi, kLanes);
-    float factor = r.factor * (a_.softcap == 0.0f ? kLog2e : 1.0f);
+    float factor = float(r.factor * (a_.softcap == 0.0f ? kLog2eExact : 1.0));
     const bool plain = !cosine_ && !distance_ && !masked_ && a_.softcap == 0.0f &&
                        !a_.alibi_slopes && factor > 0.0f && factor < kInf;
     if (!plain) {
@@ -339,8 +339,9 @@ class Attention {
     for (int64_t d = 0; d < a_.value_dim; d += kLanes) {
       store_n(out + d, load(o + d) * set1(factor), int(smaller(a_.value_dim - d, kLanes)));
     }
-    const float lse = r.l == 0.0f ? -kInf : (r.m + log2f(r.l)) * kLn2;
-    a_.lse[flat_index(a_, r)] = lse;
+    // Backward subtracts this from scores: its error is one of all weights of the row.
+    const double lse = (double(r.m) + double(log2f(r.l))) * kLn2Exact;
+    a_.lse[flat_index(a_, r)] = r.l == 0.0f ? -kInf : float(lse);
   }
 };
 

@@ -81,7 +81,9 @@ class AttentionBackward {
       if (!whole) return run_block(i / g_.key_blocks, i % g_.key_blocks);
       for (int64_t j = 0; j < g_.key_blocks; ++j) run_block(i, j);
     };
-    const int64_t chunks = (all_rows + share - 1) / share;
+    // One block of keys finds the deltas of its rows itself.
+    const bool deltas = g_.key_blocks > 1 || g_.grad_sink_rows;
+    const int64_t chunks = deltas ? (all_rows + share - 1) / share : 0;
     const double flops = 10.0 * all_rows * a_.k_len * a_.head_dim;
     if (flops < 1e6) {  // about 10 microseconds on one core: threads cost as much
       for (int64_t i = 0; i < chunks; ++i) prepare(i);
@@ -187,7 +189,8 @@ class AttentionBackward {
         if (g_.mask_shared) pass(mask_turn(unit, block, i), g_.mask_place[unit]);
         continue;
       }
-      run_rows(b, unit, block, i, n, j, count, bads, k);
+      const bool alone = first_block == last_block;
+      run_rows(b, unit, block, i, n, j, count, bads, k, alone);
       if (g_.grad_q.data || sums_rows_) {
         add_rows(b, unit, i, first, n, block, first_block, last_block);
       }
@@ -205,7 +208,7 @@ class AttentionBackward {
 
   // n rows from block i against the block of keys: adds to grad_k and grad_v, writes grad_q.
   void run_rows(const Buffers& b, int64_t unit, int64_t block, int64_t i, int64_t n, int64_t j,
-                int64_t count, int64_t bads, const T* k) const {
+                int64_t count, int64_t bads, const T* k, bool alone) const {
     const int64_t tiles = (n + kTileRows - 1) / kTileRows, padded = round_up(count, kLanes);
     Range range[kRows / kTileRows];
     for (int64_t t = 0; t < tiles; ++t) {
@@ -225,7 +228,7 @@ class AttentionBackward {
       const int64_t end = round_up(hi, kLanes);
       float *weights = b.weights + r * ld_, *scores = b.scores + r * ld_;
       if (lo < hi && b.rows[r].lo < b.rows[r].hi) {
-        row_gradients(b, r, weights, scores, lo, end, j);
+        row_gradients(b, r, weights, scores, lo, end, j, alone);
         hide(weights, 0, lo), hide(weights, end, padded);
         hide(scores, 0, lo), hide(scores, end, padded);
       } else {
@@ -339,14 +342,14 @@ class AttentionBackward {
 
   // Dot products and products of gradients of row r, [lo, end) -> weights and W, in place.
   void row_gradients(const Buffers& b, int64_t r, float* weights, float* scores, int64_t lo,
-                     int64_t end, int64_t j) const {
+                     int64_t end, int64_t j, bool alone) const {
     const Row& row = b.rows[r];
-    float factor = row.factor * kLog2e;
+    float factor = float(row.factor * kLog2eExact);
     const bool plain = plain_ && factor > 0.0f && factor < kInf;
     if (!plain) {
       measure_similarity<Dot>(a_, row, b.q + r * q_row_, b.k_panels, b.key_norms, 1.0f, weights, lo,
                               end);
-      const Vec scaled = set1(a_.softcap == 0.0f ? factor : row.factor);
+      const Vec scaled = set1(a_.softcap == 0.0f ? factor : float(row.factor));
       for (int64_t i = lo; i < end; i += kLanes) {
         store(b.similarity + i, load(weights + i));
         store(weights + i, load(weights + i) * scaled);
@@ -358,15 +361,42 @@ class AttentionBackward {
     if (dropout_.on()) {
       dropout_factors(dropout_, row.batch, row.head, row.index, j + lo, end - lo, b.keep + lo);
     }
-    const Vec scale = set1(factor), shift = set1(-b.lse[r] * kLog2e), delta = set1(b.delta[r]);
-    const Vec chain = set1(plain ? row.factor : 1.0f);
-    for (int64_t i = lo; i < end; i += kLanes) {
-      Vec weight = exp2(fma(load(weights + i), scale, shift)), grad = load(scores + i);
-      if (dropout_.on()) grad = grad * load(b.keep + i);
-      // Where the weight is 0, a NaN in the value does not matter.
+    // In two parts: rounding lse * log2 e, some units, to a float would cost weights their last
+    // bits.
+    const double lse = double(b.lse[r]) * kLog2eExact;
+    const float high = float(lse), low = float(lse - double(high));
+    const Vec scale = set1(factor), shift = set1(-high), rest = set1(-low);
+    const Vec chain = set1(plain ? float(row.factor) : 1.0f);
+    const bool drops = dropout_.on();
+    const auto weight_at = [&](int64_t i) {
+      return exp2(fma(load(weights + i), scale, shift) + rest);
+    };
+    const auto grad_at = [&](int64_t i) {
+      return drops ? load(scores + i) * load(b.keep + i) : load(scores + i);
+    };
+    Vec delta = set1(b.delta[r]);
+    // Where the weight is 0, a NaN in the value or in the row does not matter.
+    const auto put = [&](int64_t i, Vec weight, Vec grad) {
       grad = select(equal(weight, zero()), zero(), weight * (grad - delta));
       store(scores + i, grad * chain);
-      store(weights + i, dropout_.on() ? weight * load(b.keep + i) : weight);
+      store(weights + i, drops ? weight * load(b.keep + i) : weight);
+    };
+    if (!alone) {
+      for (int64_t i = lo; i < end; i += kLanes) put(i, weight_at(i), grad_at(i));
+    } else {
+      // All that the row sees is here, and so is its delta, free of the rounding of out. Divided by
+      // the sum of the weights, whose common error lse leaves: large scores would make it show.
+      Vec total = zero(), all = zero();
+      for (int64_t i = lo; i < end; i += kLanes) {
+        const Vec weight = weight_at(i);
+        total = total + select(equal(weight, zero()), zero(), weight * grad_at(i));
+        all = all + weight;
+        store(weights + i, weight);
+      }
+      const float sink = a_.sinks ? expf(a_.sinks[row.head] - b.lse[r]) : 0.0f;
+      delta = set1(reduce_add(total) / (reduce_add(all) + sink) -
+                   (g_.grad_lse ? g_.grad_lse[flat_index(a_, row)] : 0.0f));
+      for (int64_t i = lo; i < end; i += kLanes) put(i, load(weights + i), grad_at(i));
     }
     if (!plain && wants_scores_) row_features(b, r, scores, lo, end, j);
   }
@@ -402,13 +432,13 @@ class AttentionBackward {
     if (g_.temperature) {
       // A hidden key's similarity may be NaN; its gradient is 0.
       sums[kSumTemperature] =
-          a_.scale * sum(lo, end, [&](int64_t i) {
+          float(a_.scale) * sum(lo, end, [&](int64_t i) {
             const Vec grad = load(scores + i);
             return select(equal(grad, zero()), zero(), grad * load(b.similarity + i));
           });
     }
     for (int64_t i = lo; i < end; i += kLanes) {
-      Vec grad = load(scores + i) * set1(row.factor);
+      Vec grad = load(scores + i) * set1(float(row.factor));
       if (cosine_) grad = grad * (load(b.key_norms + i) * set1(row.norm));
       store(scores + i, select(equal(load(scores + i), zero()), zero(), grad));
     }

@@ -90,7 +90,7 @@ struct AttentionInputs {
       a.mask_kind = mask_kind_of(*attn_mask, "attn_mask");
     }
     a.is_causal = is_causal;
-    a.scale = float(scale);
+    a.scale = scale;
     a.similarity = Similarity(similarity);
     a.temperature = floats(temperature);
     a.window_left = window_left;

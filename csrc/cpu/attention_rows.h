@@ -9,6 +9,9 @@
 namespace mmkern::MMKERN_ISA {
 namespace {
 
+// Factors that all scores share are rounded once: their error does not average out.
+constexpr double kLog2eExact = 1.4426950408889634, kLn2Exact = 0.6931471805599453;
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -29,7 +32,7 @@ struct Arena {
 struct Row {
   int64_t batch, head, index;  // which query: index is its position in the sequence
   int64_t lo, hi;
-  float factor;      // score = similarity * factor, before cap, biases and mask
+  double factor;     // score = similarity * factor, before cap, biases and mask
   float norm;        // cosine: 1 / length of the query; distances: its squared length
   float slope;       // ALiBi
   int64_t position;  // of the query on the key axis
@@ -97,7 +100,7 @@ Row make_row(const AttentionArgs& a, int64_t batch, int64_t kv_head, int64_t fla
   if (a.window_right >= 0) r.hi = smaller(r.hi, r.position + a.window_right + 1);
   r.hi = larger(r.hi, 0);
   r.lo = smaller(r.lo, r.hi);
-  r.factor = a.scale * (a.temperature ? a.temperature[r.head] : 1.0f);
+  r.factor = a.scale * (a.temperature ? double(a.temperature[r.head]) : 1.0);
   r.slope = a.alibi_slopes ? a.alibi_slopes[batch * a.heads + r.head] : 0.0f;
   r.norm = 0.0f;
   const T* q = row_of<const T>(a.q, r);

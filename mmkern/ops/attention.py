@@ -74,6 +74,8 @@ _attention_backward = Op(
     reference=reference.attention_backward,
     fake=_fake_backward,
     kernels={"cpu": _refuse_cpu_backward},
+    backward=lambda grads, args, outputs, wanted: reference.attention_backward_gradients(grads, args, wanted),
+    save=lambda args, outputs: (args, ()),
 )
 
 

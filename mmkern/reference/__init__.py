@@ -1,6 +1,6 @@
 """The definition of each op in plain torch: what tests, benchmarks and devices without a kernel use."""
 
-from mmkern.reference.attention import Similarity, attention, attention_backward
+from mmkern.reference.attention import Similarity, attention, attention_backward, attention_backward_gradients
 from mmkern.reference.loss import (
     cross_entropy,
     cross_entropy_backward,
@@ -16,6 +16,7 @@ __all__ = [
     "add_positional_encoding",
     "attention",
     "attention_backward",
+    "attention_backward_gradients",
     "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_backward_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -107,6 +108,30 @@ def attention_backward(
     which = [i in places and bool(wanted >> places.index(i) & 1) for i in range(len(args))]
     found = formula_gradients(attention, (grad_out, grad_lse), args, which)
     return tuple(_or_empty(found[i], args[i], query) for i in places)
+
+
+def attention_backward_gradients(
+    grads: Sequence[Tensor | None], args: Sequence[Any], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of `attention_backward(*args)`, one batch entry after another: memory for the scores of one."""
+    batch, seed = args[4].shape[0], args[20]
+    if batch < 2:
+        return formula_gradients(attention_backward, grads, args, wanted)
+    shared = {12, 18, 20}  # temperature, sinks, dropout_seed
+    split = [isinstance(a, Tensor) and i not in shared and a.shape[0] == batch for i, a in enumerate(args)]
+    split_grads = [g is not None and g.shape[0] == batch and i not in (4, 6) for i, g in enumerate(grads)]
+    entries = args[4].shape[:-3].numel() // batch
+    parts: list[list[Tensor | None]] = []
+    for b in range(batch):
+        part = [a[b : b + 1] if one else a for a, one in zip(args, split, strict=True)]
+        part[20] = None if seed is None else torch.cat([seed, seed.new_tensor([b * entries])])
+        sliced = [g[b : b + 1] if one and g is not None else g for g, one in zip(grads, split_grads, strict=True)]
+        parts.append(formula_gradients(attention_backward, sliced, part, wanted))
+    found: list[Tensor | None] = []
+    for of_part, one in zip(zip(*parts, strict=True), split, strict=True):
+        tensors = [g for g in of_part if g is not None]
+        found.append(None if not tensors else torch.cat(tensors) if one else torch.stack(tensors).sum(0))
+    return found
 
 
 def _or_empty(gradient: Tensor | None, of: Tensor | None, query: Tensor) -> Tensor:

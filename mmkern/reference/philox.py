@@ -38,9 +38,9 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def keep_mask(seed: Tensor, dropout_p: float, shape: Sequence[int], device: torch.device) -> Tensor:
     """Which elements of `shape` (batch..., heads, rows, columns) dropout keeps: bool, True with chance 1 - dropout_p.
 
-    seed: int64 tensor of one element, the 64-bit key. Element (b, h, i, j), b counting all leading dims, is
-    word j % 4 of the block with counter (j // 4, i, h, b); it is kept where that word is at least
-    dropout_p * 2^32.
+    seed: int64 tensor: the 64-bit key, and if it has two elements, the number of the first batch entry. Element
+    (b, h, i, j), b counting all leading dims, is word j % 4 of the block with counter (j // 4, i, h, b); it is kept
+    where that word is at least dropout_p * 2^32.
     """
     *lead, heads, rows, columns = shape
     batch = 1
@@ -51,6 +51,8 @@ def keep_mask(seed: Tensor, dropout_p: float, shape: Sequence[int], device: torc
     h = torch.arange(heads, device=device)[:, None, None]
     b = torch.arange(batch, device=device)[:, None, None, None]
     seed = seed.to(device)
+    if seed.numel() > 1:
+        seed, b = seed[:1], b + seed[1]
     words = philox((blocks, i, h, b), (seed & _LOW, (seed >> 32) & _LOW))
     bits = torch.stack([w.expand(batch, heads, rows, blocks.numel()) for w in words], -1).flatten(-2)
     return (bits[..., :columns] >= round(dropout_p * 2**32)).reshape(shape)
