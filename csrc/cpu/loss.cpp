@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
 
@@ -127,13 +128,9 @@ float half_unit(double largest, double denominator, bool soft) {
   return float(std::exp2(std::min(std::floor(std::log2(room)), 100.0)));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& input,
-                                                             const Tensor& target_in,
-                                                             const MaybeTensor& weight_in,
-                                                             int64_t ignore_index,
-                                                             int64_t reduction,
-                                                             double label_smoothing,
-                                                             int64_t wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
+    const Tensor& input, const Tensor& target_in, const MaybeTensor& weight_in,
+    int64_t ignore_index, int64_t reduction, double label_smoothing, bool wide, int64_t wanted) {
   const bool has_classes = target_in.scalar_type() == ScalarType::Long;
   Tensor x = input, target = torch::stable::contiguous(target_in);
   MaybeTensor weight = weight_in;
@@ -145,7 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& input
   if (!has_classes) {
     // One layout for two tensors: contiguous.
     x = torch::stable::contiguous(x);
-    if (target.scalar_type() != x.scalar_type()) target = torch::stable::to(target, ScalarType::Float);
+    if (target.scalar_type() != x.scalar_type())
+      target = torch::stable::to(target, ScalarType::Float);
     a.soft_dtype = dtype_of(target, "target");
   }
   const Layout layout = layout_of(x);
@@ -171,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& input
     a.weight = weight->const_data_ptr<float>();
     a.weight_sum = float(sum_rows(a.classes, [&](int64_t c) { return double(a.weight[c]); }));
     largest = 0.0;
-    for (int64_t c = 0; c < a.classes; ++c) largest = std::max(largest, std::abs(double(a.weight[c])));
+    for (int64_t c = 0; c < a.classes; ++c)
+      largest = std::max(largest, std::abs(double(a.weight[c])));
   }
   double denominator = 1.0;
   if (reduction == kMean) {
@@ -185,7 +184,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& input
   Tensor grad = wanted & kInput ? new_gradient(x, layout) : none(x.scalar_type());
   Tensor grad_target = none(target_in.scalar_type());
   if (wanted & kTarget) grad_target = torch::stable::empty(target.sizes(), target.scalar_type());
-  if (wanted & kInput) a.grad = operand(grad);
+  if (wanted & kInput) {
+    a.grad = operand(grad);
+    use_large_pages(a.grad.data, size_t(grad.numel()) * grad.element_size());
+  }
   if (wanted & kTarget) a.grad_soft = operand(grad_target);
   a.factor = float(1.0 / denominator);
   const bool half = x.scalar_type() == ScalarType::Half || target.scalar_type() == ScalarType::Half;
@@ -207,13 +209,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& input
     losses = torch::stable::empty({}, ScalarType::Float);
     *losses.mutable_data_ptr<float>() = float(total / denominator);
   }
+  if (!wide) losses = torch::stable::to(losses, input.scalar_type());
   return {losses, grad, grad_target, unit};
 }
 
 // grad times grad_loss / unit, one for each position or one for all, into `out`: a tensor laid out
 // as grad is.
-void scale_into(const Tensor& grad, const Tensor& grad_loss, const Tensor& unit, const Tensor& out,
-                Layout layout) {
+void scale_into(const Tensor& grad, const Tensor& grad_loss, const MaybeTensor& unit,
+                const Tensor& out, Layout layout) {
   ScaleRowsArgs a{};
   a.dtype = dtype_of(grad, "grad");
   a.columns = layout != Layout::rows;
@@ -229,14 +232,14 @@ void scale_into(const Tensor& grad, const Tensor& grad_loss, const Tensor& unit,
   const Tensor given = torch::stable::contiguous(torch::stable::to(grad_loss, ScalarType::Float));
   const float* const factor = given.const_data_ptr<float>();
   std::vector<float> factors(factor, factor + given.numel());
-  const float by = unit.numel() ? 1.0f / *unit.const_data_ptr<float>() : 1.0f;  // a power of two
+  const float by = unit ? 1.0f / *unit->const_data_ptr<float>() : 1.0f;  // a power of two
   for (float& each : factors) each *= by;
   a.factor = factors.data();
   a.factor_step = factors.size() > 1;
   scale_rows(a);
 }
 
-Tensor cross_entropy_bwd(const Tensor& grad, const Tensor& grad_loss, const Tensor& unit) {
+Tensor cross_entropy_bwd(const Tensor& grad, const Tensor& grad_loss, const MaybeTensor& unit) {
   Tensor from = grad;
   const Layout layout = layout_of(from);
   const Tensor out = new_gradient(from, layout);
@@ -244,7 +247,7 @@ Tensor cross_entropy_bwd(const Tensor& grad, const Tensor& grad_loss, const Tens
   return out;
 }
 
-void cross_entropy_bwd_(const Tensor& grad, const Tensor& grad_loss, const Tensor& unit) {
+void cross_entropy_bwd_(const Tensor& grad, const Tensor& grad_loss, const MaybeTensor& unit) {
   Tensor same = grad;
   const Layout layout = layout_of(same);
   STD_TORCH_CHECK(same.const_data_ptr() == grad.const_data_ptr(), "grad: its layout has no kernel");

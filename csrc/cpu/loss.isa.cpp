@@ -94,7 +94,8 @@ class CrossEntropy {
     return a_.weight ? b * load_part(a_.weight + j, n) : b;
   }
 
-  Position finish(int64_t target, float x_target, float shift, float total, float b, float dot) const {
+  Position finish(int64_t target, float x_target, float shift, float total, float b,
+                  float dot) const {
     float hit = 0.0f;
     if constexpr (kTarget != Target::soft) {
       hit = keep_ * weight(target);
@@ -141,7 +142,8 @@ class CrossEntropy {
     const int64_t target = kTarget == Target::soft ? 0 : a_.target[n * a_.inner + i];
     if (kTarget != Target::soft && target == a_.ignore_index) {
       loss = 0.0f;
-      if (grad) each_vec(classes, [&](int64_t j, int lanes) { store_part(grad + j, zero(), lanes); });
+      if (grad)
+        each_vec(classes, [&](int64_t j, int lanes) { store_part(grad + j, zero(), lanes); });
       return;
     }
     constexpr bool kInPlace = sizeof(T) == sizeof(float);
@@ -154,7 +156,8 @@ class CrossEntropy {
     float top = -kInf;
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t j = c * kChunk, many = smaller(kChunk, classes - j);
-      parts[c] = grad ? sums<true>(x + j, soft, j, e + j, many) : sums<false>(x + j, soft, j, e, many);
+      parts[c] =
+          grad ? sums<true>(x + j, soft, j, e + j, many) : sums<false>(x + j, soft, j, e, many);
       if (!parts[c].empty && !(parts[c].shift <= top)) top = parts[c].shift;
     }
     float total = 0.0f, b = 0.0f, dot = 0.0f;
@@ -222,7 +225,8 @@ class CrossEntropy {
     return a_.weight ? b * set1(a_.weight[c]) : b;
   }
 
-  void lane_block(const T* x, const S* soft, T* grad, S* grad_soft, int64_t place, int lanes) const {
+  void lane_block(const T* x, const S* soft, T* grad, S* grad_soft, int64_t place,
+                  int lanes) const {
     const int64_t classes = a_.classes;
     const auto score = [&](int64_t c) { return load_part(x + c * a_.x.c, lanes); };
     Vec top = set1(-kInf);
@@ -280,7 +284,8 @@ class CrossEntropy {
       const Vec log_total = load(logs);
       for (int64_t c = 0; c < classes; ++c) {
         const Vec factor = set1(keep_ * a_.factor * weight(c));
-        store_part(grad_soft + c * a_.grad_soft.c, (log_total - (score(c) - shift)) * factor, lanes);
+        store_part(grad_soft + c * a_.grad_soft.c, (log_total - (score(c) - shift)) * factor,
+                   lanes);
       }
     }
   }
@@ -296,8 +301,7 @@ void scale(const ScaleRowsArgs& a) {
       const int64_t x_line = a.columns ? a.x.c : a.x.i, out_line = a.columns ? a.out.c : a.out.i;
       const T* const x = static_cast<const T*>(a.x.data) + n * a.x.n + line * x_line;
       T* const out = static_cast<T*>(a.out.data) + n * a.out.n + line * out_line;
-      const float* const factor =
-          a.factor + (n * a.inner + (a.columns ? 0 : line)) * a.factor_step;
+      const float* const factor = a.factor + (n * a.inner + (a.columns ? 0 : line)) * a.factor_step;
       const bool each = a.columns && a.factor_step;
       each_vec(length, [&](int64_t j, int lanes) {
         const Vec f = each ? load_part(factor + j, lanes) : set1(*factor);
@@ -325,6 +329,8 @@ void cross_entropy(const CrossEntropyArgs& a) {
   })
 }
 
-void scale_rows(const ScaleRowsArgs& a){MMKERN_SWITCH_DTYPE(a.dtype, T, { scale<T>(a); })}
+void scale_rows(const ScaleRowsArgs& a) {
+  MMKERN_SWITCH_DTYPE(a.dtype, T, { scale<T>(a); })
+}
 
 }  // namespace mmkern::MMKERN_ISA

@@ -90,6 +90,8 @@ class Op:
             is differentiated.
         save: arguments and outputs, as backward gets them; replace by None what backward does not read, so that
             its memory can be freed.
+        hidden: only the first output is the caller's; the others are for backward, which cannot be differentiated
+            through them.
     """
 
     def __init__(
@@ -100,12 +102,14 @@ class Op:
         kernels: dict[str, Refusal],
         backward: Backward | None = None,
         save: Callable[[Values, Values], tuple[Values, Values]] = lambda args, outputs: (args, outputs),
+        hidden: bool = False,
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.reference = reference
         self.kernels = kernels
         self.backward = backward
         self.save = save
+        self.hidden = hidden
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mmkern::{self.name}", fake, lib=_library)
@@ -130,7 +134,7 @@ class Op:
             if torch.compiler.is_compiling():  # tracing refuses one tensor as two inputs: query is key, say
                 args = tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
             return _Differentiable.apply(self, *args)
-        return kernel(*args)
+        return kernel(*args)[0] if self.hidden else kernel(*args)
 
     def _choose(self, args: Sequence[Any]) -> Callable[..., Any]:
         devices = {args[i].device.type for i in self._tensors if args[i] is not None}
@@ -185,7 +189,7 @@ class _Differentiable(torch.autograd.Function):
             ctx.rest[i] = None
         ctx.outputs = [t is not None for t in outputs]
         ctx.save_for_backward(*(kept[i] for i in ctx.where), *(t for t in outputs if t is not None))
-        return output
+        return output[0] if op.hidden else output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -25,14 +25,21 @@ def _refuse_cpu(input: Tensor, target: Tensor, *_: object) -> str | None:
 
 
 def _fake(
-    input: Tensor, target: Tensor, weight: Any, ignore_index: int, reduction: int, label_smoothing: float, wanted: int
+    input: Tensor,
+    target: Tensor,
+    weight: Any,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    wide: bool,
+    wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
+    dtype = torch.float32 if wide and input.dtype.itemsize < 4 else input.dtype
     shape = input.shape[2:] if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     soft = target.is_floating_point()
     half = torch.float16 in (input.dtype, target.dtype) and wanted != 0
     return (
-        input.new_empty(shape if reduction == 0 else (), dtype=wide),
+        input.new_empty(shape if reduction == 0 else (), dtype=dtype),
         _like(input.contiguous() if soft else input) if wanted & 1 else input.new_empty(0),
         target.new_empty(target.shape if wanted & 2 else 0),
         input.new_empty(int(half), dtype=torch.float32),
@@ -57,13 +64,13 @@ def _like(x: Tensor) -> Tensor:
 
 
 _scale = Op(
-    "cross_entropy_bwd(Tensor grad, Tensor grad_loss, Tensor unit) -> Tensor",
+    "cross_entropy_bwd(Tensor grad, Tensor grad_loss, Tensor? unit) -> Tensor",
     reference=reference.cross_entropy_backward,
     fake=lambda grad, grad_loss, unit: _like(grad),
     kernels={"cpu": lambda grad, *_: _refuse_cpu(grad, grad)},
 )
 _scale_ = Op(
-    "cross_entropy_bwd_(Tensor(a!) grad, Tensor grad_loss, Tensor unit) -> ()",
+    "cross_entropy_bwd_(Tensor(a!) grad, Tensor grad_loss, Tensor? unit) -> ()",
     reference=reference.cross_entropy_backward_,
     fake=lambda grad, grad_loss, unit: None,
     kernels={"cpu": lambda grad, *_: _refuse_cpu(grad, grad)},
@@ -88,24 +95,30 @@ def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[boo
     return found
 
 
-def _scaled(saved: Tensor, grad_loss: Tensor, unit: Tensor) -> Tensor:
+def _scaled(saved: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
     """saved * grad_loss / unit, in place where the graph is freed after this, so that nobody can read saved again."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return _scale(saved.detach(), grad_loss, unit)
-    saved = saved.detach()
-    if not (grad_loss.dim() == 0 and grad_loss.is_cpu and unit.numel() == 0 and grad_loss.item() == 1.0):
+        return _scale(saved, grad_loss, unit)
+    if unit is not None or grad_loss.dim() > 0 or not grad_loss.is_cpu or grad_loss.item() != 1.0:
         _scale_(saved, grad_loss, unit)
     return saved
 
 
+def _save(args: Values, outputs: Values) -> tuple[Values, Values]:
+    input, target, wanted = args[0], args[1], args[-1]
+    half = torch.float16 in (input.dtype, target.dtype)
+    return args, (None, outputs[1] if wanted & 1 else None, outputs[2] if wanted & 2 else None, outputs[3] if half else None)
+
+
 _cross_entropy = Op(
     "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, "
-    "float label_smoothing, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float label_smoothing, bool wide, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.cross_entropy,
     fake=_fake,
     kernels={"cpu": _refuse_cpu},
     backward=_backward,
-    save=lambda args, outputs: (args, (None, *outputs[1:])),
+    save=_save,
+    hidden=True,
 )
 
 
@@ -154,8 +167,10 @@ def cross_entropy(
     wanted = 0
     if torch.is_grad_enabled() and not _transformed():
         wanted = int(input.requires_grad) + 2 * int(soft and target.requires_grad)
-    loss = _cross_entropy(input, target, weight, ignore_index, _REDUCTIONS[reduction], float(label_smoothing), wanted)[0]
-    return loss.to(_loss_dtype(input, target if soft else None, weight if soft else None))
+    dtype = _loss_dtype(input, target if soft else None, weight if soft else None)
+    wide = dtype != input.dtype
+    args = input, target, weight, ignore_index, _REDUCTIONS[reduction], float(label_smoothing), wide, wanted
+    return _cross_entropy(*args).to(dtype)
 
 
 def _loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:

@@ -17,11 +17,12 @@ def cross_entropy(
     ignore_index: int,
     reduction: int,
     label_smoothing: float,
+    wide: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-sum_c w_c t_c log softmax(x)_c, with t the target (1 at its class) smoothed towards 1 / classes.
 
-    Returns the loss (float32, or float64), its gradients for input (wanted & 1) and target (wanted & 2), and what
+    Returns the loss (in input's dtype; with `wide`, float32 or float64), its gradients for input (wanted & 1) and target (wanted & 2), and what
     these were multiplied by: gradients are those of the reduced loss, or with reduction NONE of each position's, and
     without elements where not wanted; the multiplier is a float32 of shape (1,), or (0,) where it is 1.
     """
@@ -56,8 +57,10 @@ def cross_entropy(
     if wanted & 2:
         gradients[1] = ((label_smoothing - 1) * w * log_p / divisor).detach().to(target.dtype)
     half = torch.float16 in (input.dtype, target.dtype) and wanted != 0
+    if reduction != NONE:
+        loss = loss.sum() / divisor
     return (
-        loss if reduction == NONE else loss.sum() / divisor,
+        loss if wide or input.dtype == torch.float64 else loss.to(input.dtype),
         *gradients,
         torch.ones(int(half), dtype=torch.float32, device=x.device),
     )
@@ -68,17 +71,17 @@ def cross_entropy_loss(*args: object) -> Tensor:
     return cross_entropy(*args)[0]  # type: ignore[arg-type]
 
 
-def cross_entropy_backward(grad: Tensor, grad_loss: Tensor, unit: Tensor) -> Tensor:
+def cross_entropy_backward(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
     """grad * grad_loss / unit, with a grad_loss for each position or one for all."""
     factor = grad_loss.to(_wide(grad).dtype)
-    if unit.numel():
+    if unit is not None:
         factor = factor / unit
     if factor.dim():
         factor = factor.unsqueeze(1)
     return (grad * factor).to(grad.dtype)
 
 
-def cross_entropy_backward_(grad: Tensor, grad_loss: Tensor, unit: Tensor) -> None:
+def cross_entropy_backward_(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> None:
     grad.copy_(cross_entropy_backward(grad, grad_loss, unit))
 
 
