@@ -2,6 +2,7 @@
 
 from mmkern.ops.attention import scaled_dot_product_attention
 from mmkern.ops.dispatch import Choice, backend, explain
+from mmkern.ops.linear_loss import linear_cross_entropy
 from mmkern.ops.loss import cross_entropy
 from mmkern.ops.position import add_positional_encoding, embed_tokens
 from mmkern.ops.rotary import alibi_slopes, rotary
@@ -16,6 +17,7 @@ __all__ = [
     "cross_entropy",
     "embed_tokens",
     "explain",
+    "linear_cross_entropy",
     "log_softmax",
     "masked_softmax",
     "rotary",

@@ -84,9 +84,7 @@ def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[boo
         return formula_gradients(reference.cross_entropy_loss, [grad_loss], plain, wanted)
     found: list[Tensor | None] = [None] * len(args)
     if wanted[2]:
-        found = formula_gradients(
-            reference.cross_entropy_loss, [grad_loss], plain, [i == 2 for i in range(len(args))]
-        )
+        found = formula_gradients(reference.cross_entropy_loss, [grad_loss], plain, [i == 2 for i in range(len(args))])
     if grad_loss.dim() and not args[1].is_floating_point():
         grad_loss = torch.where(args[1] == args[3], 0.0, grad_loss)  # 0 * inf is not 0
     for i, gradient in enumerate(saved):
@@ -107,7 +105,12 @@ def _scaled(saved: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
 def _save(args: Values, outputs: Values) -> tuple[Values, Values]:
     input, target, wanted = args[0], args[1], args[-1]
     half = torch.float16 in (input.dtype, target.dtype)
-    return args, (None, outputs[1] if wanted & 1 else None, outputs[2] if wanted & 2 else None, outputs[3] if half else None)
+    return args, (
+        None,
+        outputs[1] if wanted & 1 else None,
+        outputs[2] if wanted & 2 else None,
+        outputs[3] if half else None,
+    )
 
 
 _cross_entropy = Op(
@@ -210,8 +213,10 @@ def _check_target(target: Any, input: Tensor, ignore_index: int) -> Tensor:
         return target
     shape = input.shape[:0] if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
     if target.shape != torch.Size(shape):
-        raise ValueError(f"target: expected classes of shape {tuple(shape)} for input's {tuple(input.shape)}, "
-                         f"got {tuple(target.shape)} {target.dtype}")
+        raise ValueError(
+            f"target: expected classes of shape {tuple(shape)} for input's {tuple(input.shape)}, "
+            f"got {tuple(target.shape)} {target.dtype}"
+        )
     return target.long()
 
 

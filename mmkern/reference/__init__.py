@@ -1,6 +1,7 @@
 """The definition of each op in plain torch: what tests, benchmarks and devices without a kernel use."""
 
 from mmkern.reference.attention import Similarity, attention, attention_backward, attention_backward_gradients
+from mmkern.reference.linear_loss import linear_cross_entropy, linear_cross_entropy_backward
 from mmkern.reference.loss import (
     cross_entropy,
     cross_entropy_backward,
@@ -22,6 +23,8 @@ __all__ = [
     "cross_entropy_backward_",
     "cross_entropy_loss",
     "embed_tokens",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "log_softmax",
     "log_softmax_out",
     "masked_softmax",

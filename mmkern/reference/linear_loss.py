@@ -1,0 +1,86 @@
+"""Cross-entropy of a linear layer's logits by its definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkern.reference.gradients import formula_gradients
+from mmkern.reference.loss import NONE, cross_entropy
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    chunk_size: int,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cross_entropy(hidden @ weight^T + bias, target) of (N, D), (V, D), (N) and (V).
+
+    Returns the loss (float32, or float64) and its gradients for hidden (wanted & 1), weight (2) and bias (4), in
+    float32 for float16, without elements where not wanted.
+    """
+    options = class_weight, ignore_index, reduction, label_smoothing
+    loss = _loss(hidden, weight, target, bias, *options)
+    one = torch.ones_like(loss)
+    found = _gradients(one, hidden, weight, target, bias, *options, wanted) if wanted else [None] * 3
+    like = zip(found, (hidden, weight, weight if bias is None else bias), strict=True)
+    kept = [t.new_empty(0, dtype=kept_dtype(t)) if g is None else g.detach().to(kept_dtype(t)) for g, t in like]
+    return loss, kept[0], kept[1], kept[2]
+
+
+def linear_cross_entropy_backward(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    chunk_size: int,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for hidden (wanted & 1), weight (2) and bias (4), given that of each row's loss."""
+    options = class_weight, ignore_index, NONE, label_smoothing
+    found = _gradients(grad_loss, hidden, weight, target, bias, *options, wanted)
+    like = zip(found, (hidden, weight, weight if bias is None else bias), strict=True)
+    kept = [t.new_empty(0) if g is None else g.to(t.dtype) for g, t in like]
+    return kept[0], kept[1], kept[2]
+
+
+def kept_dtype(t: Tensor) -> torch.dtype:
+    """A mean's gradient is below float16's range until backward multiplies it by a loss scale."""
+    return torch.float32 if t.dtype == torch.float16 else t.dtype
+
+
+def _gradients(
+    grad_loss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: object
+) -> list[Tensor | None]:
+    *options, wanted = rest
+
+    def formula(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _loss(hidden, weight, target, bias, *options)
+
+    flags = [bool(int(wanted) & bit) for bit in (1, 2, 4)]  # type: ignore[call-overload]
+    wide = [None if t is None else _wide(t) for t in (hidden, weight, bias)]
+    return formula_gradients(formula, [grad_loss], wide, flags)
+
+
+def _loss(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: object) -> Tensor:
+    # A row that is not counted reaches nobody, whatever it holds.
+    hidden = torch.where((target == options[1]).unsqueeze(-1), 0.0, _wide(hidden))
+    logits = hidden @ _wide(weight).t()
+    if bias is not None:
+        logits = logits + _wide(bias)
+    return cross_entropy(logits, target, *options, True, 0)[0]  # type: ignore[arg-type]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
