@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _like(x: Tensor) -> Tensor:
     if x.dim() == 1:
         return x.new_empty(x.shape)
     inner = [(n, step) for n, step in zip(x.shape[2:], x.stride()[2:], strict=True) if n != 1]
-    if any(step != n * after for (_, step), (n, after) in zip(inner, inner[1:], strict=False)):
+    if any(step != n * after for (_, step), (n, after) in pairwise(inner)):
         x = x.contiguous()
         inner = [(n, step) for n, step in zip(x.shape[2:], x.stride()[2:], strict=True) if n != 1]
     if x.stride(1) == 1 or x.shape[1] <= 1:
@@ -105,12 +106,8 @@ def _scaled(saved: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
 def _save(args: Values, outputs: Values) -> tuple[Values, Values]:
     input, target, wanted = args[0], args[1], args[-1]
     half = torch.float16 in (input.dtype, target.dtype)
-    return args, (
-        None,
-        outputs[1] if wanted & 1 else None,
-        outputs[2] if wanted & 2 else None,
-        outputs[3] if half else None,
-    )
+    kept = wanted & 1, wanted & 2, half
+    return args, (None, *(t if keep else None for t, keep in zip(outputs[1:], kept, strict=True)))
 
 
 _cross_entropy = Op(
@@ -134,7 +131,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`, with the gradient in the same pass.
+    """Cross-entropy of logits, as `torch.nn.functional.cross_entropy`, with its gradient in the same pass.
 
     Args:
         input: logits (C), (N, C) or (N, C, d1, ...); float32, bfloat16, float16 or float64. Never written.
@@ -206,7 +203,8 @@ def _check_target(target: Any, input: Tensor, ignore_index: int) -> Tensor:
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(
-                f"target: probabilities need input's shape {tuple(input.shape)}, got {tuple(target.shape)} {target.dtype}"
+                f"target: expected probabilities of input's shape {tuple(input.shape)}, "
+                f"got {tuple(target.shape)} {target.dtype}"
             )
         if ignore_index != -100 and isinstance(ignore_index, int) and ignore_index >= 0:
             raise ValueError(f"ignore_index: not for a target of probabilities, got {ignore_index}")

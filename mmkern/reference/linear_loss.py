@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,25 +63,25 @@ def kept_dtype(t: Tensor) -> torch.dtype:
 
 
 def _gradients(
-    grad_loss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: object
+    grad_loss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
 ) -> list[Tensor | None]:
     *options, wanted = rest
 
     def formula(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _loss(hidden, weight, target, bias, *options)
 
-    flags = [bool(int(wanted) & bit) for bit in (1, 2, 4)]  # type: ignore[call-overload]
+    flags = [bool(wanted & bit) for bit in (1, 2, 4)]
     wide = [None if t is None else _wide(t) for t in (hidden, weight, bias)]
     return formula_gradients(formula, [grad_loss], wide, flags)
 
 
-def _loss(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: object) -> Tensor:
+def _loss(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     # A row that is not counted reaches nobody, whatever it holds.
     hidden = torch.where((target == options[1]).unsqueeze(-1), 0.0, _wide(hidden))
     logits = hidden @ _wide(weight).t()
     if bias is not None:
         logits = logits + _wide(bias)
-    return cross_entropy(logits, target, *options, True, 0)[0]  # type: ignore[arg-type]
+    return cross_entropy(logits, target, *options, True, 0)[0]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-sum_c w_c t_c log softmax(x)_c, with t the target (1 at its class) smoothed towards 1 / classes.
 
-    Returns the loss (in input's dtype; with `wide`, float32 or float64), its gradients for input (wanted & 1) and target (wanted & 2), and what
-    these were multiplied by: gradients are those of the reduced loss, or with reduction NONE of each position's, and
-    without elements where not wanted; the multiplier is a float32 of shape (1,), or (0,) where it is 1.
+    Returns the loss (in input's dtype; with `wide`, at least float32), its gradients for input (wanted & 1) and target
+    (wanted & 2), and what these were multiplied by. They are those of the reduced loss, or with reduction NONE of each
+    position's, and without elements where not wanted; the multiplier is of shape (1,), or (0,) where it is 1.
     """
     dim = min(1, input.dim() - 1)
     x = _wide(input)
@@ -50,18 +50,19 @@ def cross_entropy(
         total = torch.where(hidden, 0.0, own).sum()
         terms = (share * w).expand_as(x).scatter_add(dim, place, (1 - label_smoothing) * own)
     divisor = total if reduction == MEAN else torch.ones_like(total)
-    gradients = [input.new_empty(0), target.new_empty(0)]
+    grad_input, grad_target = input.new_empty(0), target.new_empty(0)
     if wanted & 1:
         slope = (log_p.exp() * terms.sum(dim, keepdim=True) - terms) / divisor
-        gradients[0] = torch.where(hidden, 0.0, slope).detach().to(input.dtype)
+        grad_input = torch.where(hidden, 0.0, slope).detach().to(input.dtype)
     if wanted & 2:
-        gradients[1] = ((label_smoothing - 1) * w * log_p / divisor).detach().to(target.dtype)
+        grad_target = ((label_smoothing - 1) * w * log_p / divisor).detach().to(target.dtype)
     half = torch.float16 in (input.dtype, target.dtype) and wanted != 0
     if reduction != NONE:
         loss = loss.sum() / divisor
     return (
         loss if wide or input.dtype == torch.float64 else loss.to(input.dtype),
-        *gradients,
+        grad_input,
+        grad_target,
         torch.ones(int(half), dtype=torch.float32, device=x.device),
     )
 
