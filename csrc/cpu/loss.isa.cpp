@@ -58,7 +58,8 @@ class CrossEntropy {
   const float smooth_ = a_.label_smoothing / float(a_.classes);
 
   struct Position {
-    float loss, scale, hit;  // grad = e * scale - factor * b, less factor * hit at the target
+    float loss, scale;  // grad = e * scale - factor * b
+    float at_target;    // the second term there
   };
 
  public:
@@ -96,13 +97,17 @@ class CrossEntropy {
 
   Position finish(int64_t target, float x_target, float shift, float total, float b,
                   float dot) const {
-    float hit = 0.0f;
+    float b_target = 0.0f;
     if constexpr (kTarget != Target::soft) {
-      hit = keep_ * weight(target);
-      b = kTarget == Target::smooth ? smooth_ * a_.weight_sum + hit : hit;
+      const float hit = keep_ * weight(target);
+      b = b_target = hit;
+      if constexpr (kTarget == Target::smooth) {
+        b += smooth_ * a_.weight_sum;
+        b_target += smooth_ * weight(target);
+      }
       dot += hit * (x_target - shift);
     }
-    return {b * logf(total) - dot, b / total * a_.factor, hit * a_.factor};
+    return {b * logf(total) - dot, b / total * a_.factor, b_target * a_.factor};
   }
 
   // Sums over n classes; writes their exponentials to e unless it is null.
@@ -178,7 +183,7 @@ class CrossEntropy {
       const auto value = [&](Vec v, float up, int64_t j, int lanes) {
         const Vec scaled = v * set1(p.scale * up);
         if constexpr (kTarget == Target::index) return scaled;
-        return fnma(coefficient(soft, j, lanes), set1(a_.factor), scaled);
+        return scaled - coefficient(soft, j, lanes) * set1(a_.factor);  // 0 for a single class
       };
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t first = c * kChunk;
@@ -188,9 +193,8 @@ class CrossEntropy {
         });
       }
       if constexpr (kTarget != Target::soft) {
-        float g = e_target * (p.scale * parts[target / kChunk].total) - p.hit;
-        if (kTarget == Target::smooth) g -= smooth_ * weight(target) * a_.factor;
-        from_float(g, grad + target);
+        from_float(e_target * (p.scale * parts[target / kChunk].total) - p.at_target,
+                   grad + target);
       }
     }
     if (grad_soft) {
@@ -246,7 +250,7 @@ class CrossEntropy {
       total = total + part, weight_sum = weight_sum + weight_part, dot = dot + dot_part;
     }
     float tops[kLanes], shifts[kLanes], totals[kLanes], weights[kLanes], dots[kLanes];
-    float scales[kLanes] = {}, live[kLanes] = {}, hits[kLanes] = {};
+    float scales[kLanes] = {}, live[kLanes] = {}, subtracts[kLanes] = {};
     store(tops, top), store(shifts, shift), store(totals, total);
     store(weights, weight_sum), store(dots, dot);
     for (int l = 0; l < lanes; ++l) {
@@ -258,7 +262,7 @@ class CrossEntropy {
       if (tops[l] == -kInf) totals[l] = __builtin_nanf("");
       const float x_target = kTarget == Target::soft ? 0.0f : to_float(x[target * a_.x.c + l]);
       const Position p = finish(target, x_target, shifts[l], totals[l], weights[l], dots[l]);
-      a_.loss[place + l] = p.loss, scales[l] = p.scale, hits[l] = p.hit, live[l] = 1.0f;
+      a_.loss[place + l] = p.loss, scales[l] = p.scale, subtracts[l] = p.at_target, live[l] = 1.0f;
     }
     if (grad) {
       const Vec scale = load(scales), factor = set1(a_.factor);
@@ -266,16 +270,15 @@ class CrossEntropy {
       for (int64_t c = 0; c < classes; ++c) {
         Vec g = exp_to<float>(score(c) - shift) * scale;
         if constexpr (kTarget != Target::index) {
-          g = fnma(column_coefficient(soft, c, lanes), factor, g);
+          g = g - column_coefficient(soft, c, lanes) * factor;
         }
         store_part(grad + c * a_.grad.c, select(alive, g, zero()), lanes);
       }
       for (int l = 0; l < lanes && kTarget != Target::soft; ++l) {
         if (live[l] == 0.0f) continue;
         const int64_t c = a_.target[place + l];
-        float g = expf(to_float(x[c * a_.x.c + l]) - shifts[l]) * scales[l] - hits[l];
-        if (kTarget == Target::smooth) g -= smooth_ * weight(c) * a_.factor;
-        from_float(g, grad + c * a_.grad.c + l);
+        const float e = expf(to_float(x[c * a_.x.c + l]) - shifts[l]);
+        from_float(e * scales[l] - subtracts[l], grad + c * a_.grad.c + l);
       }
     }
     if (grad_soft) {

@@ -76,12 +76,13 @@ def _gradients(
 
 
 def _loss(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    class_weight, ignore_index, reduction, label_smoothing = options
     # A row that is not counted reaches nobody, whatever it holds.
-    hidden = torch.where((target == options[1]).unsqueeze(-1), 0.0, _wide(hidden))
+    hidden = torch.where((target == ignore_index).unsqueeze(-1), 0.0, _wide(hidden))
     logits = hidden @ _wide(weight).t()
     if bias is not None:
         logits = logits + _wide(bias)
-    return cross_entropy(logits, target, *options, True, 0)[0]
+    return cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing, True, 0)[0]
 
 
 def _wide(x: Tensor) -> Tensor:
