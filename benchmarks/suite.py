@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmkern.benchmarks import bench_attention, bench_attention_training, bench_position, bench_softmax
+from mmkern.benchmarks import bench_attention, bench_attention_training, bench_loss, bench_position, bench_softmax
 from mmkern.benchmarks.measure import DTYPES, LEVELS, Case
 
 FAMILIES = {
     "attention": (bench_attention, bench_attention_training),
     "softmax": (bench_softmax,),
+    "loss": (bench_loss,),
     "position": (bench_position,),
 }
 

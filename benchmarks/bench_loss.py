@@ -1,0 +1,96 @@
+"""Cross-entropy forward and backward at the sizes of classifiers and language models, from logits and from hidden."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmkern
+from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
+from mmkern.testing import randn
+
+# name, shape of the logits, label smoothing, level
+SHAPES: list[tuple[str, tuple[int, ...], float, str]] = [
+    ("classes 256x1000", (256, 1000), 0.0, "quick"),
+    ("classes smoothed", (256, 1000), 0.1, "default"),
+    ("4096 square", (4096, 4096), 0.0, "quick"),
+    ("4096 square smoothed", (4096, 4096), 0.1, "default"),
+    ("Llama-2 vocabulary", (512, 32000), 0.0, "default"),
+    ("Llama-3 vocabulary", (128, 128256), 0.0, "full"),
+    ("segmentation 21 classes", (8, 21, 128, 128), 0.0, "default"),
+]
+# name, tokens, width, vocabulary, level
+LINEAR: list[tuple[str, int, int, int, str]] = [
+    ("Llama-2 vocabulary", 1024, 512, 32000, "default"),
+    ("Llama-3 vocabulary", 512, 256, 128256, "full"),
+]
+TWO = ("float32", "bfloat16")
+
+
+def cases() -> Iterator[Case]:
+    for name in TWO:
+        dtype = DTYPES[name]
+        for shape_name, shape, smoothing, level in SHAPES:
+            size = math.prod(shape)
+            yield Case(
+                family="loss",
+                op="cross_entropy",
+                shape=shape_name,
+                dims="x".join(map(str, shape)),
+                dtype=dtype,
+                build=partial(_cross_entropy, shape, smoothing),
+                flops=16.0 * size,  # maximum, subtraction, exp (about 10), sum, scaling, and less the target
+                bytes=2.0 * size * dtype.itemsize,  # logits read, their gradient written
+                bound="copy",
+                level=level,
+            )
+        for shape_name, tokens, width, classes, level in LINEAR:
+            yield Case(
+                family="loss",
+                op="linear_cross_entropy",
+                shape=shape_name,
+                dims=f"{tokens}x{width}x{classes}",
+                dtype=dtype,
+                build=partial(_linear, tokens, width, classes),
+                flops=6.0 * tokens * width * classes,  # logits, and the gradients of hidden and of weight
+                bytes=2.0 * (tokens + classes) * width * dtype.itemsize,
+                bound="bf16_dot" if dtype is torch.bfloat16 else "fma",
+                level=level,
+            )
+
+
+def _cross_entropy(shape: tuple[int, ...], smoothing: float, dtype: torch.dtype, device: str) -> Problem:
+    x = randn(*shape, dtype=dtype, scale=3.0).to(device)
+    draw = torch.Generator().manual_seed(1)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=draw).to(device)
+    options = {"target": target, "label_smoothing": smoothing}
+    return _problem(partial(mmkern.cross_entropy, **options), partial(F.cross_entropy, **options), [x], "cross_entropy")
+
+
+def _linear(tokens: int, width: int, classes: int, dtype: torch.dtype, device: str) -> Problem:
+    hidden = randn(tokens, width, dtype=dtype, seed=1).to(device)
+    weight = randn(classes, width, dtype=dtype, seed=2, scale=width**-0.5).to(device)
+    target = torch.randint(classes, (tokens,), generator=torch.Generator().manual_seed(3)).to(device)
+
+    def eager(hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight), target)
+
+    ours = partial(mmkern.linear_cross_entropy, target=target)
+    return _problem(ours, eager, [hidden, weight], "linear + cross_entropy")
+
+
+def _problem(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: Sequence[Tensor], name: str
+) -> Problem:
+    def gradients(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return lambda: torch.autograd.grad(call(*leaves), leaves)
+
+    exact = gradients(theirs, [t.double() for t in inputs])
+    return Problem(gradients(ours, inputs), [Baseline(name, gradients(theirs, inputs))], exact, kind="gradient")
