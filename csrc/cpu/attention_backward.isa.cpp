@@ -349,12 +349,11 @@ class AttentionBackward {
     if (!plain) {
       measure_similarity<Dot>(a_, row, b.q + r * q_row_, b.k_panels, b.key_norms, 1.0f, weights, lo,
                               end);
-      const Vec scaled = set1(a_.softcap == 0.0f ? factor : float(row.factor));
-      for (int64_t i = lo; i < end; i += kLanes) {
-        store(b.similarity + i, load(weights + i));
-        store(weights + i, load(weights + i) * scaled);
+      if (g_.temperature || distance_) {
+        memcpy(b.similarity + lo, weights + lo, (end - lo) * sizeof(float));
       }
-      add_biases(a_, row, weights, b.tanhs, lo, end, j);
+      const float scaled = a_.softcap == 0.0f ? factor : float(row.factor);
+      add_biases(a_, row, scaled, weights, b.tanhs, lo, end, j);
       factor = 1.0f;
     }
     if (row.lo - j > lo || row.hi - j < end) hide_edges(weights, lo, end, row.lo - j, row.hi - j);
@@ -437,10 +436,13 @@ class AttentionBackward {
             return select(equal(grad, zero()), zero(), grad * load(b.similarity + i));
           });
     }
+    const Vec chain = set1(float(row.factor));
     for (int64_t i = lo; i < end; i += kLanes) {
-      Vec grad = load(scores + i) * set1(float(row.factor));
+      Vec grad = load(scores + i) * chain;
       if (cosine_) grad = grad * (load(b.key_norms + i) * set1(row.norm));
-      store(scores + i, select(equal(load(scores + i), zero()), zero(), grad));
+      // A hidden key's norm may be NaN.
+      if (cosine_) grad = select(equal(load(scores + i), zero()), zero(), grad);
+      store(scores + i, grad);
     }
     if (distance_) distance_gradients(b, r, scores, lo, end);
   }

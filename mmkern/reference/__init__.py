@@ -1,7 +1,13 @@
 """The definition of each op in plain torch: what tests, benchmarks and devices without a kernel use."""
 
 from mmkern.reference.attention import Similarity, attention, attention_backward, attention_backward_gradients
-from mmkern.reference.position import add_positional_encoding, embed_tokens, positional_encoding
+from mmkern.reference.position import (
+    add_positional_encoding,
+    embed_tokens,
+    embedding_gradient,
+    position_table_gradient,
+    positional_encoding,
+)
 from mmkern.reference.rotary import rotary, rotary_qk
 from mmkern.reference.softmax import log_softmax, log_softmax_out, masked_softmax, softmax, softmax_out
 
@@ -12,9 +18,11 @@ __all__ = [
     "attention_backward",
     "attention_backward_gradients",
     "embed_tokens",
+    "embedding_gradient",
     "log_softmax",
     "log_softmax_out",
     "masked_softmax",
+    "position_table_gradient",
     "positional_encoding",
     "rotary",
     "rotary_qk",
