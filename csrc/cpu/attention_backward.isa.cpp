@@ -82,8 +82,7 @@ class AttentionBackward {
       for (int64_t j = 0; j < g_.key_blocks; ++j) run_block(i, j);
     };
     // One block of keys finds the deltas of its rows itself.
-    const bool deltas = g_.key_blocks > 1 || g_.grad_sink_rows;
-    const int64_t chunks = deltas ? (all_rows + share - 1) / share : 0;
+    const int64_t chunks = g_.delta ? (all_rows + share - 1) / share : 0;
     const double flops = 10.0 * all_rows * a_.k_len * a_.head_dim;
     if (flops < 1e6) {  // about 10 microseconds on one core: threads cost as much
       for (int64_t i = 0; i < chunks; ++i) prepare(i);
@@ -178,7 +177,7 @@ class AttentionBackward {
         b.rows[r] = make_row<T>(a_, batch, kv_head, first + r);
         const int64_t at = flat_index(a_, b.rows[r]);
         b.lse[r] = a_.lse[at];
-        b.delta[r] = g_.delta[at];
+        b.delta[r] = g_.delta ? g_.delta[at] : 0.0f;
         if (b.lse[r] == -kInf) b.rows[r].hi = b.rows[r].lo;  // sees nothing
         if (b.rows[r].lo >= b.rows[r].hi) continue;
         lo = smaller(lo, b.rows[r].lo), hi = larger(hi, b.rows[r].hi);
