@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -31,9 +31,24 @@ SHAPES: list[tuple[str, str, tuple[int, ...], str, str]] = [
     ("embed_tokens", "BERT-base 128", (32, 128, 768, 30522), "learned", "default"),
     ("embed_tokens", "Transformer 512", (8, 512, 512, 37000), "sinusoidal", "quick"),
 ]
+# the same with the gradient that training adds, forward and backward timed together
+TRAINED: list[tuple[str, str, tuple[int, ...], str, str]] = [
+    ("rotary-training", "Llama prefill 512", (1, 32, 8, 512, 128), "half", "quick"),
+    ("add_positional_encoding-training", "ViT-B/16 learned", (32, 197, 768), "learned", "default"),
+    ("embed_tokens-training", "BERT-base 128", (32, 128, 768, 30522), "learned", "quick"),
+    ("embed_tokens-training", "Transformer 512", (8, 512, 512, 37000), "sinusoidal", "default"),
+]
 
 
 def cases() -> Iterator[Case]:
+    for op, name, shape, kind, level in TRAINED:
+        for dtype in (DTYPES["float32"], DTYPES["bfloat16"]):
+            elements = math.prod(shape[:3]) if not op.startswith("rotary") else shape[0] * 40 * 512 * 128
+            written = shape[3] * shape[2] if op.startswith("embed") else 0  # the gradient of the weight
+            dims = "x".join(map(str, shape))
+            moved = (4.0 * elements + written) * dtype.itemsize
+            build = partial(_trained, op.split("-")[0], shape, kind)
+            yield Case("position", op, name, dims, dtype, build, 4.0 * elements, moved, "copy", level)
     for op, name, shape, kind, level in SHAPES:
         for dtype in (DTYPES["float32"], DTYPES["bfloat16"]):
             if op == "rotary":
@@ -120,4 +135,54 @@ def _embed(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -
             ),
         ],
         lambda: F.embedding(tokens, weight).double() * scale + table,
+    )
+
+
+def _trained(op: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
+    """Gradients of what one of the builders above computes, by autograd on both sides."""
+    new = partial(randn, dtype=dtype)
+    if op == "rotary":
+        batch, q_heads, k_heads, length, dim = shape
+        inputs = [new(batch, h, length, dim, layout="transposed", seed=h) for h in (q_heads, k_heads)]
+        table = _table("sinusoidal", length, dim, torch.float64, device)
+        sin, cos = (table[:, i::2].repeat(1, 2) for i in (0, 1))
+
+        def usual(q: Tensor, k: Tensor) -> Tensor:
+            c, s = cos.to(q.dtype), sin.to(q.dtype)
+            return torch.cat([x * c + torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1) * s for x in (q, k)], 1)
+
+        def ours(q: Tensor, k: Tensor) -> Tensor:
+            return torch.cat(mmkern.rotary(q, k), 1)
+    else:
+        batch, length, dim = shape[:3]
+        scale = math.sqrt(dim)
+        fixed = _table(kind, length, dim, dtype, device)
+        inputs = [fixed.to(dtype)] if kind == "learned" else []
+        if op == "embed_tokens":
+            tokens = torch.randint(shape[3], (batch, length), generator=torch.Generator().manual_seed(2)).to(device)
+            inputs = [new(shape[3], dim, seed=1), *inputs]
+        else:
+            inputs = [new(batch, length, dim, seed=1), *inputs]
+
+        def usual(x: Tensor, table: Tensor | None = None) -> Tensor:
+            x = F.embedding(tokens, x) if op == "embed_tokens" else x
+            return x * scale + (fixed.to(x.dtype) if table is None else table)
+
+        def ours(x: Tensor, table: Tensor | None = None) -> Tensor:
+            encoding = kind if table is None else table
+            if op == "embed_tokens":
+                return mmkern.embed_tokens(tokens, x, encoding, scale=scale)
+            return mmkern.add_positional_encoding(x, encoding, scale=scale)
+
+    grad = torch.randn(usual(*inputs).shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+    def gradients(call: Callable[..., Tensor], *leaves: Tensor, up: Tensor = grad) -> tuple[Tensor, ...]:
+        leaves = tuple(t.detach().requires_grad_() for t in leaves)
+        return torch.autograd.grad(call(*leaves), leaves, up)
+
+    return Problem(
+        partial(gradients, ours, *inputs),
+        [Baseline("the usual formula", partial(gradients, usual, *inputs))],
+        lambda: gradients(usual, *(t.double() for t in inputs), up=grad.double()),
+        kind="gradient",
     )

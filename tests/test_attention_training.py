@@ -256,3 +256,17 @@ def test_autocast() -> None:
         assert actual.dtype == torch.float32
         if expected is exact[2]:
             assert_accurate(actual, expected, kind="gradient", dtype=torch.bfloat16)
+
+
+def test_inference_tensors() -> None:
+    """They go in like others; where a gradient would need one saved, torch's error comes, as from torch's op."""
+    q, k, v = leaves(9, 11, 8)
+    want = attention(q, k, v)
+    with torch.inference_mode():
+        inner = [t.clone() for t in (q, k, v)]
+        assert torch.equal(attention(*inner), want)
+        assert torch.equal(attention(q, k, v), want)
+    assert torch.equal(attention(*inner), want)
+    for op in (attention, torch.nn.functional.scaled_dot_product_attention):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            op(q, inner[1], inner[2])

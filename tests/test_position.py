@@ -17,7 +17,7 @@ def exact(x, encoding, offset=0, scale=1.0):
     offsets = offset if isinstance(offset, torch.Tensor) else None
     name = "table" if table is not None else encoding
     start = 0 if offsets is not None else offset
-    return reference.add_positional_encoding(x.double(), name, table, start, offsets, scale, 0.0)
+    return reference.add_positional_encoding(x.double(), name, table, start, offsets, scale, 0.0, None)
 
 
 def eager(x, encoding, offset, scale):
@@ -144,27 +144,21 @@ def test_gradients_reach_x_table_and_weight():
     assert torch.allclose(weight.grad, expected, atol=1e-6)
 
 
-def test_dropout_and_float64_run_by_the_reference_and_say_so():
-    torch.manual_seed(0)
-    x = torch.ones(64, 64)
-    out = mmkern.add_positional_encoding(x, "scalar", scale=3.0, dropout_p=0.25)
-    kept = out != 0
-    assert 0.7 < kept.float().mean() < 0.8
-    assert torch.allclose(out[kept], (exact(x, "scalar", scale=3.0).float() / 0.75)[kept])
-    said = mmkern.explain(mmkern.add_positional_encoding, x, dropout_p=0.5)[0]
-    assert (said.backend, said.refused["cpu"]) == ("reference", "dropout has no CPU kernel")
-    said = mmkern.explain(mmkern.embed_tokens, torch.tensor([1]), x.double())[0]
+def test_float64_runs_by_the_reference_and_says_so():
+    said = mmkern.explain(mmkern.embed_tokens, torch.tensor([1]), torch.ones(64, 64).double())[0]
     assert said.backend == "reference"
     assert "float64" in said.refused["cpu"]
-    assert mmkern.explain(mmkern.add_positional_encoding, x)[0].backend == "cpu"
+    assert mmkern.explain(mmkern.add_positional_encoding, torch.ones(64, 64))[0].backend == "cpu"
 
 
 def test_opcheck():
     x, table, tokens = testing.randn(2, 3, 5, 8, layout="transposed"), testing.randn(9, 8), torch.tensor([[1, 2, 8]])
     starts = torch.tensor([1, 2])
-    for args in ((x, "table", table, 1, None, 1.0, 0.0), (x.mT, "scalar", None, 0, starts, 2.0, 0.0)):
+    for args in ((x, "table", table, 1, None, 1.0, 0.0, None), (x.mT, "scalar", None, 0, starts, 2.0, 0.5, starts)):
         torch.library.opcheck(op.add_positional_encoding_fwd.default, args)
-    torch.library.opcheck(op.embed_tokens_fwd.default, (tokens, table, "sinusoidal", None, 3, None, 1.0, 0.0, None))
+    torch.library.opcheck(
+        op.embed_tokens_fwd.default, (tokens, table, "sinusoidal", None, 3, None, 1.0, 0.0, None, None)
+    )
 
 
 def test_compiles_whole():

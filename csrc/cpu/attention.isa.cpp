@@ -258,7 +258,8 @@ class Attention {
                        !a_.alibi_slopes && factor > 0.0f && factor < kInf;
     if (!plain) {
       measure_similarity<Dot>(a_, r, q, b.k, b.key_norms, factor, s, lo, end);
-      add_biases(a_, r, s, nullptr, lo, end, j);
+      const bool dot = a_.similarity == Similarity::dot;
+      add_biases(a_, r, dot ? factor : 1.0f, s, nullptr, lo, end, j);
       factor = 1.0f;
     }
     if (r.lo - j > lo || r.hi - j < end) hide_edges(s, lo, end, r.lo - j, r.hi - j);

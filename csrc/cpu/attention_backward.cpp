@@ -135,8 +135,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
   g.key_blocks = (a.k_len + g.block_keys - 1) / g.block_keys;
   g.query_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
   Tensor delta, q_sums, row_sums, column_sums, sink_rows, turns, mask_turns;
-  g.delta = zeros<float>(delta, {rows_all}, ScalarType::Float);
-  g.query_turns = zeros<int32_t>(turns, {units * g.query_blocks}, ScalarType::Int);
+  // Small calls pay for every allocation: only what this one needs.
+  if (g.key_blocks > 1 || wants(kSinks)) {
+    delta = torch::stable::empty({rows_all}, ScalarType::Float);
+    g.delta = delta.mutable_data_ptr<float>();
+  }
+  if (g.key_blocks > 1) {
+    g.query_turns = zeros<int32_t>(turns, {units * g.query_blocks}, ScalarType::Int);
+  }
   if (wants(kQuery) && g.key_blocks > 1) {
     q_sums = torch::stable::empty({rows_all * dim}, ScalarType::Float);
     g.grad_q_sums = q_sums.mutable_data_ptr<float>();
@@ -162,7 +168,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
       g.mask_rows = true;
     }
   }
-  g.row_sums = zeros<float>(row_sums, {rows_all * kRowSums}, ScalarType::Float);
+  if (a.similarity >= Similarity::euclidean || g.temperature || g.slopes || g.mask_rows) {
+    g.row_sums = zeros<float>(row_sums, {rows_all * kRowSums}, ScalarType::Float);
+  }
   if (wants(kSinks)) g.grad_sink_rows = zeros<float>(sink_rows, {rows_all}, ScalarType::Float);
 
   attention_backward(g);

@@ -21,10 +21,10 @@ struct AttentionBackwardArgs {
   const int32_t *mask_part, *mask_place;
   bool mask_shared;
   float* column_sums;     // [batch][heads][k_len]: gradients of scores summed over the rows; zeros
-  float* row_sums;        // [units][rows][kRowSums]: zeros
+  float* row_sums;        // [units][rows][kRowSums]: zeros, or null where none are wanted
   float* grad_sink_rows;  // [batch][heads][q_len]: what each row adds to the gradient of its sink
   bool temperature, slopes, mask_rows;  // which row sums are wanted
-  float* delta;                         // [batch][heads][q_len]: scratch
+  float* delta;        // [batch][heads][q_len]: scratch; null where one block has all keys
   float* grad_q_sums;  // [units][rows][head_dim, rounded up]: scratch, unless key_blocks is 1
   int64_t query_blocks, key_blocks, block_keys;  // block_keys: a multiple of 64
   int32_t* query_turns;  // [units][query_blocks]: next key block to add to grad_q; zeros

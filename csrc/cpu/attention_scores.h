@@ -5,7 +5,6 @@
 
 #include "cpu/attention_rows.h"
 #include "cpu/attention_tiles.h"
-#include "cpu/mask.h"
 
 namespace mmkern::MMKERN_ISA {
 namespace {
@@ -78,7 +77,8 @@ void measure_distances(const AttentionArgs& a, const Row& r, const typename Dot:
   }
 }
 
-// Dot products [lo, end) of row r with a block of keys -> similarities times `factor`, in place.
+// Dot products [lo, end) of row r with a block of keys -> similarities times `factor`, in place;
+// not for Similarity::dot, where that is left to add_biases.
 template <class Dot>
 void measure_similarity(const AttentionArgs& a, const Row& r, const typename Dot::Word* q,
                         const typename Dot::Word* keys, const float* key_norms, float factor,
@@ -90,37 +90,83 @@ void measure_similarity(const AttentionArgs& a, const Row& r, const typename Dot
     for (int64_t i = lo; i < end; i += kLanes) {
       store(s + i, load(s + i) * (load(key_norms + i) * both));
     }
-  } else {
-    for (int64_t i = lo; i < end; i += kLanes) store(s + i, load(s + i) * set1(factor));
   }
 }
 
-// Scaled similarities of row r with the keys from j on -> scores in log2 units, in place. `tanhs`,
-// if not null, gets what the soft cap multiplies.
-inline void add_biases(const AttentionArgs& a, const Row& r, float* s, float* tanhs, int64_t lo,
-                       int64_t end, int64_t j) {
+// n elements, `stride` apart; lanes beyond are 0.
+template <class T>
+inline Vec load_strided(const T* p, int64_t stride, int n) {
+  if (stride == 1) return n == kLanes ? load(p) : load_n(p, n);
+  if (stride == 0) return set1(to_float(*p));
+  float lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i * stride]);
+  return load(lanes);
+}
+
+// s = s * factor + mask, in log2 units, for the columns [lo, end) of a row of the mask, of which
+// those before `columns` exist. Minus infinity hides a score whatever it is, NaN included.
+template <class M>
+void add_mask(const M* mask, int64_t stride, float factor, float* s, int64_t lo, int64_t end,
+              int64_t columns) {
+  const Vec unit = set1(kLog2e), hidden = set1(-kInf);
+  for (int64_t i = lo; i < end; i += kLanes) {
+    const int n = columns - i < kLanes ? int(columns - i) : kLanes;
+    const M* p = mask + i * stride;
+    const Vec bias = load_strided(p, stride, n);
+    const Vec score = fma(bias, unit, load(s + i) * set1(factor));
+    store(s + i, select(equal(bias, hidden), hidden, score));
+  }
+}
+[[maybe_unused]] void add_mask(const uint8_t* mask, int64_t stride, float factor, float* s,
+                               int64_t lo, int64_t end, int64_t columns) {
+  const Vec hidden = set1(-kInf);
+  for (int64_t i = lo; i < end; i += kLanes) {
+    const int n = columns - i < kLanes ? int(columns - i) : kLanes;
+    const uint8_t* p = mask + i * stride;
+    uint8_t lanes[kLanes] = {};
+    if (stride != 1) {
+      for (int l = 0; l < n; ++l) lanes[l] = p[l * stride];
+    }
+    const Mask seen = stride != 1   ? load_mask(lanes)
+                      : n == kLanes ? load_mask(p)
+                                    : load_mask_n(p, n);
+    store(s + i, select(seen, load(s + i) * set1(factor), hidden));
+  }
+}
+
+// Similarities of row r with the keys from j on -> scores in log2 units, in place: times `factor`,
+// which is in these units too unless there is a soft cap. `tanhs`, if not null, gets what the cap
+// multiplies. The first pass that a call needs takes the factor along.
+inline void add_biases(const AttentionArgs& a, const Row& r, float factor, float* s, float* tanhs,
+                       int64_t lo, int64_t end, int64_t j) {
   if (a.softcap != 0.0f) {
-    const Vec inverse = set1(1.0f / a.softcap), cap = set1(a.softcap * kLog2e);
+    const Vec inverse = set1(factor / a.softcap), cap = set1(a.softcap * kLog2e);
     for (int64_t i = lo; i < end; i += kLanes) {
       const Vec t = tanh(load(s + i) * inverse);
       if (tanhs) store(tanhs + i, t);
       store(s + i, t * cap);
     }
+    factor = 1.0f;
   }
   if (a.alibi_slopes) {
     const Vec slope = set1(r.slope * kLog2e);
     for (int64_t i = lo; i < end; i += kLanes) {
-      store(s + i, fnma(slope, distance_along(r, j + i), load(s + i)));
+      store(s + i, fnma(slope, distance_along(r, j + i), load(s + i) * set1(factor)));
     }
+    factor = 1.0f;
   }
-  if (a.mask_kind != MaskKind::none) {
-    for (int64_t i = lo; i < end; i += kLanes) {
-      const int64_t left = a.k_len - j - i;  // mask columns that exist from here
-      const int n = left < kLanes ? int(left) : kLanes;
-      const int64_t at = r.mask + (j + i) * a.mask.col;
-      store(s + i, apply_mask(a.mask_kind, load(s + i), a.mask.data, at, a.mask.col, n, kLog2e));
-    }
+  const auto mask = [&](const auto* data) {
+    add_mask(data + r.mask + j * a.mask.col, a.mask.col, factor, s, lo, end, a.k_len - j);
+  };
+  switch (a.mask_kind) {
+    case MaskKind::boolean: return mask(static_cast<const uint8_t*>(a.mask.data));
+    case MaskKind::f32: return mask(static_cast<const float*>(a.mask.data));
+    case MaskKind::bf16: return mask(static_cast<const bf16*>(a.mask.data));
+    case MaskKind::f16: return mask(static_cast<const f16*>(a.mask.data));
+    case MaskKind::none: break;
   }
+  if (factor == 1.0f) return;
+  for (int64_t i = lo; i < end; i += kLanes) store(s + i, load(s + i) * set1(factor));
 }
 
 }  // namespace

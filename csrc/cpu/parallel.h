@@ -18,8 +18,8 @@ int64_t num_threads();
 void run_tasks(int64_t tasks, void (*fn)(void* context, int64_t task), void* context);
 
 // Returns once *turn is `value`, and with it all that was written before pass_turn set it. Only for
-// turns that an earlier task of the same run_tasks passes on: tasks start in order, so that one never
-// waits for what cannot come.
+// turns that an earlier task of the same run_tasks passes on: tasks start in order, so that one
+// never waits for what cannot come.
 void await_turn(const int32_t* turn, int32_t value);
 void pass_turn(int32_t* turn, int32_t next);
 

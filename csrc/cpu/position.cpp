@@ -88,8 +88,8 @@ void run(PositionArgs a, const OptionalTensor& table, const OptionalTensor& offs
 
 Tensor add_positional_encoding_fwd(const Tensor& x_in, const std::string& encoding,
                                    const OptionalTensor& table, int64_t offset,
-                                   const OptionalTensor& offsets, double scale, double dropout_p) {
-  STD_TORCH_CHECK(dropout_p == 0);
+                                   const OptionalTensor& offsets, double scale, double dropout_p,
+                                   const OptionalTensor& seed) {
   PositionArgs a{};
   a.dtype = dtype_of(x_in, "x");
   a.encoding = encoding_of(encoding);
@@ -99,14 +99,15 @@ Tensor add_positional_encoding_fwd(const Tensor& x_in, const std::string& encodi
   if (x.numel() == 0) return out;
   a.x = rows_of(x, grid);
   a.out = rows_of(out, grid);
+  a.keep = keep_places(out, dropout_p, seed);
   run(a, table, offsets, scale);
   return out;
 }
 
 Tensor embed_tokens_fwd(const Tensor& tokens, const Tensor& weight_in, const std::string& encoding,
                         const OptionalTensor& table, int64_t offset, const OptionalTensor& offsets,
-                        double scale, double dropout_p, std::optional<int64_t> /*padding_idx*/) {
-  STD_TORCH_CHECK(dropout_p == 0);
+                        double scale, double dropout_p, std::optional<int64_t> /*padding_idx*/,
+                        const OptionalTensor& seed) {
   const Tensor ids = torch::stable::contiguous(tokens), weight = rows_contiguous(weight_in);
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
   shape.push_back(weight.size(1));
@@ -127,6 +128,7 @@ Tensor embed_tokens_fwd(const Tensor& tokens, const Tensor& weight_in, const std
   }
   if (out.numel() == 0) return out;
   a.out = rows_of(out);
+  a.keep = keep_places(out, dropout_p, seed);
   a.weight = weight.const_data_ptr();
   a.weight_stride = weight.stride(0);
   run(a, table, offsets, scale);

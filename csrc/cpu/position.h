@@ -39,6 +39,7 @@ struct PositionArgs {
   float scale;
   const uint64_t* turns;  // of each sine-cosine pair, per position; padded(pairs) of them
   int64_t pairs;
+  KeepPlaces keep;
   float* steps;  // kSteps rows of 2 * padded(pairs), from fill_steps
 };
 

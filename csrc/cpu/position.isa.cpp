@@ -3,6 +3,7 @@
 #include "cpu/position.h"
 
 #include "cpu/parallel.h"
+#include "cpu/position_rows.h"
 #include "cpu/sincos.h"
 #include "cpu/stream.h"
 
@@ -28,6 +29,17 @@ void add_row(const T* x, const R* row, T* out, int64_t dim, Vec scale) {
   if (const int n = int(dim - j); n > 0) {
     const Vec v = load_n(x + j, n);
     store_n(out + j, kAdd ? fma(v, scale, load_n(row + j, n)) : v * scale, n);
+  }
+}
+
+// The same, dropped out; row null: nothing to add.
+template <class T, class R>
+void add_row_dropped(const T* x, const R* row, const float* factors, T* out, int64_t dim,
+                     Vec scale) {
+  for (int64_t j = 0; j < dim; j += kLanes) {
+    const int n = dim - j < kLanes ? int(dim - j) : kLanes;
+    const Vec v = load_n(x + j, n) * scale;
+    store_n(out + j, (row ? v + load_n(row + j, n) : v) * load(factors + j), n);
   }
 }
 
@@ -123,21 +135,24 @@ class Work {
     const int64_t p1 = first + chunk < end ? first + chunk : end;
     if (p0 >= p1) return;
     const int64_t t0 = p0 - start, n = p1 - p0;
+    const bool computed = a.encoding != Encoding::none && a.encoding != Encoding::table;
+    const int64_t pad = padded(a.pairs), room = dropout.on() ? factor_room(a.out.dim) : 0;
+    const int64_t floats = room + (computed ? 2 * pad + chunk * stride : 0);
+    float* const factors =
+        floats ? static_cast<float*>(thread_scratch(sizeof(float) * floats)) : nullptr;
     if (a.encoding == Encoding::none) {
-      members<false>(run, m0, m1, t0, n, static_cast<const T*>(nullptr), 0);
+      members<false>(run, m0, m1, t0, n, static_cast<const T*>(nullptr), 0, factors);
     } else if (a.encoding == Encoding::table) {
       const T* table = static_cast<const T*>(a.table) + p0 * a.table_stride;
-      members<true>(run, m0, m1, t0, n, table, a.table_stride);
+      members<true>(run, m0, m1, t0, n, table, a.table_stride, factors);
     } else {
-      const int64_t pad = padded(a.pairs);
-      float* base = static_cast<float*>(thread_scratch(sizeof(float) * (2 * pad + chunk * stride)));
-      float* rows = base + 2 * pad;
+      float *base = factors + room, *rows = base + 2 * pad;
       for (int64_t p = p0; p < p1; ++p) {
         const int64_t step = p - floor_step(p);
         if (step == 0 || p == p0) sincos_pairs(a, run, p - step, base);
         encode(a, base, a.steps + step * 2 * pad, rows + (p - p0) * stride);
       }
-      members<true>(run, m0, m1, t0, n, rows, stride);
+      members<true>(run, m0, m1, t0, n, rows, stride, factors);
     }
     if (streaming) stream_fence();
   }
@@ -146,7 +161,7 @@ class Work {
   // Positions [t0, t0 + n) of the run for each of its members, given their encoded rows.
   template <bool kAdd, class R>
   void members(int64_t run, int64_t m0, int64_t m1, int64_t t0, int64_t n, const R* rows,
-               int64_t row_stride) const {
+               int64_t row_stride, float* factors) const {
     const bool grid = a.encoding == Encoding::sincos2d;
     for (int64_t m = m0; m < m1; ++m) {
       const int64_t b = a.offsets ? run : grid ? m : m / a.out.heads;
@@ -158,7 +173,10 @@ class Work {
         const T* from = a.x.data ? x + t * a.x.stride_l : embedding(token + t);
         const R* row = rows + (t - t0) * row_stride;
         T* to = out + t * a.out.stride_l;
-        if (streaming && stream_aligned(to)) {
+        if (dropout.on()) {
+          keep_row(dropout, a.keep, token + t, a.out.length, a.out.dim, factors);
+          add_row_dropped(from, kAdd ? row : nullptr, factors, to, a.out.dim, scale);
+        } else if (streaming && stream_aligned(to)) {
           add_row<kAdd, true>(from, row, to, a.out.dim, scale);
         } else {
           add_row<kAdd, false>(from, row, to, a.out.dim, scale);
@@ -175,6 +193,7 @@ class Work {
 
   const PositionArgs& a;
   const Vec scale;
+  const Dropout dropout{a.keep.dropout_p, a.keep.seed};
   const int64_t stride;  // of encoded rows
   const bool streaming;
   int64_t chunk;  // positions

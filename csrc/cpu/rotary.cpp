@@ -24,7 +24,7 @@ Tensor prepare(Tensor* t, Rows* in, Rows* to) {
 }
 
 void run(RotaryArgs a, const OptionalTensor& positions, double base, const std::string& layout,
-         int64_t rotary_dim, const Grid& grid) {
+         int64_t rotary_dim, const Grid& grid, bool inverse) {
   if ((a.q.batch * a.q.heads + a.k.batch * a.k.heads) * a.q.length == 0) return;
   Tensor p;
   if (positions) {
@@ -34,6 +34,7 @@ void run(RotaryArgs a, const OptionalTensor& positions, double base, const std::
   }
   a.interleaved = layout == "interleaved";
   a.pairs = rotary_dim / 2;
+  a.inverse = inverse;
   a.grid_width = grid ? (*grid)[1] : 0;
   std::vector<uint64_t> turns(a.pairs + kMaxPadding);
   if (grid) {
@@ -46,21 +47,21 @@ void run(RotaryArgs a, const OptionalTensor& positions, double base, const std::
 }
 
 Tensor rotary_fwd(Tensor q, const OptionalTensor& positions, double base, const std::string& layout,
-                  int64_t rotary_dim, const Grid& grid) {
+                  int64_t rotary_dim, const Grid& grid, bool inverse) {
   RotaryArgs a{};
   a.dtype = dtype_of(q, "q");
   Tensor q_out = prepare(&q, &a.q, &a.q_out);
-  run(a, positions, base, layout, rotary_dim, grid);
+  run(a, positions, base, layout, rotary_dim, grid, inverse);
   return q_out;
 }
 
 std::tuple<Tensor, Tensor> rotary_qk_fwd(Tensor q, Tensor k, const OptionalTensor& positions,
                                          double base, const std::string& layout, int64_t rotary_dim,
-                                         const Grid& grid) {
+                                         const Grid& grid, bool inverse) {
   RotaryArgs a{};
   a.dtype = dtype_of(q, "q");
   Tensor q_out = prepare(&q, &a.q, &a.q_out), k_out = prepare(&k, &a.k, &a.k_out);
-  run(a, positions, base, layout, rotary_dim, grid);
+  run(a, positions, base, layout, rotary_dim, grid, inverse);
   return {q_out, k_out};
 }
 

@@ -17,6 +17,7 @@ struct RotaryArgs {
   const int64_t* positions;    // null: 0, 1, 2, ...
   int64_t positions_stride_b;  // 0: the same for every batch entry
   bool interleaved;            // pairs are (2i, 2i+1), not (i, i + pairs)
+  bool inverse;                // turn back: the gradient of turning
   int64_t pairs;               // rotary_dim / 2
   const uint64_t* turns;       // of each pair, per position; kMaxPadding more may be read
   int64_t grid_width;  // 0, or: the first half of the pairs turns with position / grid_width,

@@ -90,6 +90,9 @@ class Work {
     } else {
       sincos_row(a.turns, a.pairs, uint64_t(position), sines, cosines);
     }
+    for (int64_t i = 0; a.inverse && i < a.pairs; i += kLanes) {
+      store(sines + i, zero() - load(sines + i));
+    }
     if (!a.interleaved) return;
     for (int64_t i = (a.pairs - 1) / kLanes * kLanes; i >= 0;
          i -= kLanes) {  // in place, from the end

@@ -13,4 +13,12 @@ struct Rows {
   int64_t stride_b = 0, stride_h = 0, stride_l = 0;
 };
 
+// Which element of a dropout mask stands at a row: with `row` counting all rows of all leading
+// dims, (batch, head) is (row / length) divided by `heads`, the size of the last dim before the
+// rows.
+struct KeepPlaces {
+  double dropout_p = 0.0;
+  int64_t seed = 0, heads = 1;
+};
+
 }  // namespace mmkern

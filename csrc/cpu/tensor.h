@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "cpu/dtype.h"
 #include "cpu/rows.h"
 
@@ -70,6 +72,14 @@ inline Rows rows_of(const Tensor& t, bool grid = false) {
   }
   r.data = const_cast<void*>(t.const_data_ptr());
   return r;
+}
+
+// The dropout mask of `t` (..., heads, rows, columns), as mmkern/reference/philox.py numbers it.
+inline KeepPlaces keep_places(const Tensor& t, double dropout_p,
+                              const std::optional<Tensor>& seed) {
+  if (!seed) return {};
+  const int64_t rank = t.dim();
+  return {dropout_p, *seed->const_data_ptr<int64_t>(), rank > 2 ? t.size(rank - 3) : 1};
 }
 
 }  // namespace mmkern

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkern import reference
+from mmkern.ops._attention_arguments import (
+    KERNEL_DTYPES,
+    align,
+    alike,
+    autocast,
+    checked_lengths,
+    checked_mask,
+    checked_window,
+    finite,
+    per_head,
+    unalign,
+)
 from mmkern.ops.dispatch import Op, Values
 from mmkern.reference import Similarity
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_KERNEL_DTYPES, torch.float64)
 _SIMILARITIES = {name.lower(): int(member) for name, member in Similarity.__members__.items()}
 _ALIGNMENTS = ("upper_left", "lower_right")
 
@@ -27,7 +37,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor
 
 
 def _refuse_cpu(query: Tensor, *_: object) -> str | None:
-    if query.dtype not in _KERNEL_DTYPES:
+    if query.dtype not in KERNEL_DTYPES:
         return f"the CPU kernels take float32, bfloat16 and float16, not {query.dtype}"
     return None
 
@@ -173,7 +183,7 @@ def scaled_dot_product_attention(
     if torch._C._is_any_autocast_enabled() and isinstance(query, Tensor):
         device = query.device.type
         if torch.is_autocast_enabled(device):
-            query, key, value = (_autocast(t, torch.get_autocast_dtype(device)) for t in (query, key, value))
+            query, key, value = (autocast(t, torch.get_autocast_dtype(device)) for t in (query, key, value))
             with torch.autocast(device, enabled=False):
                 return scaled_dot_product_attention(
                     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, similarity=similarity,
@@ -181,9 +191,9 @@ def scaled_dot_product_attention(
                     key_lengths=key_lengths, sinks=sinks, causal_alignment=causal_alignment, return_lse=return_lse,
                 )  # fmt: skip
     rank = 4
-    if not _alike(query, key, value):
-        rank, query, key, value = _align(query, key, value, enable_gqa)
-    if dropout_p != 0.0 and not 0.0 <= _finite("dropout_p", dropout_p) <= 1.0:
+    if not alike(query, key, value):
+        rank, query, key, value = align(query, key, value, enable_gqa)
+    if dropout_p != 0.0 and not 0.0 <= finite("dropout_p", dropout_p) <= 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
     kind = 0
     if similarity != "dot":
@@ -193,7 +203,7 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = 1.0 / sqrt(query.shape[-1]) if kind == 0 and query.shape[-1] else 1.0
     else:
-        scale = _finite("scale", scale)
+        scale = finite("scale", scale)
 
     left = right = -1
     lower_right = False
@@ -207,21 +217,21 @@ def scaled_dot_product_attention(
         or sinks is not None
         or causal_alignment != "upper_left"
     ):
-        attn_mask = _mask(attn_mask, query, key, rank, enable_gqa)
+        attn_mask = checked_mask(attn_mask, query, key, rank, enable_gqa)
         if isinstance(temperature, Tensor):
-            temperature = _per_head("temperature", temperature, query, scalar=True)
+            temperature = per_head("temperature", temperature, query, scalar=True)
         elif temperature is not None:
-            scale *= _finite("temperature", temperature)
+            scale *= finite("temperature", temperature)
             temperature = None
-        left, right = _window(window)
-        if softcap is not None and not (_finite("softcap", softcap) > 0):
+        left, right = checked_window(window)
+        if softcap is not None and not (finite("softcap", softcap) > 0):
             raise ValueError(f"softcap: expected a number > 0, got {softcap}")
         if alibi_slopes is not None:
-            alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query, batched=True)
+            alibi_slopes = per_head("alibi_slopes", alibi_slopes, query, batched=True)
         if key_lengths is not None:
-            key_lengths = _lengths(key_lengths, query, key.shape[-2])
+            key_lengths = checked_lengths(key_lengths, query, key.shape[-2])
         if sinks is not None:
-            sinks = _per_head("sinks", sinks, query)
+            sinks = per_head("sinks", sinks, query)
         if causal_alignment not in _ALIGNMENTS:
             raise ValueError(f"causal_alignment: expected one of {', '.join(_ALIGNMENTS)}, got {causal_alignment!r}")
         lower_right = causal_alignment == "lower_right"
@@ -234,176 +244,5 @@ def scaled_dot_product_attention(
         alibi_slopes, key_lengths, sinks, lower_right, seed,
     )  # fmt: skip
     if rank < 4:
-        out, lse = _unalign(out, lse, rank, enable_gqa)
+        out, lse = unalign(out, lse, rank, enable_gqa)
     return (out, lse) if return_lse else out
-
-
-def _autocast(t: Any, dtype: torch.dtype) -> Any:
-    return t.to(dtype) if isinstance(t, Tensor) and t.dtype in _KERNEL_DTYPES else t
-
-
-def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
-    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-        if t.dim() < 2:
-            raise ValueError(f"{name}: expected at least 2 dims, got shape {tuple(t.shape)}")
-        if t.dtype != query.dtype:
-            raise TypeError(f"{name}: dtype {t.dtype} where query has {query.dtype}")
-        if t.device != query.device:
-            raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query: expected float32, bfloat16, float16 or float64, got {query.dtype}")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key: its last dim must be query's head_dim; got {_shapes(query, key, value)}")
-    if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"value: its length must be key's; got {_shapes(query, key, value)}")
-
-
-def _alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether these are plainly fit to go on: one shape of rank >= 4, one dtype, on the CPU. Half a microsecond."""
-    try:
-        shape, dtype = query.shape, query.dtype
-        return (
-            len(shape) >= 4
-            and shape == key.shape == value.shape
-            and dtype in _DTYPES
-            and dtype == key.dtype == value.dtype
-            and query.is_cpu
-            and key.is_cpu
-            and value.is_cpu
-        )
-    except AttributeError:  # not all are tensors
-        return False
-
-
-def _align(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Rank of the call; and views of rank >= 4 with equal dims before the heads, and heads that a kernel can pair."""
-    _check_tensors(query, key, value)
-    tensors = [query, key, value]
-    rank = max(t.dim() for t in tensors)
-    lead = query.shape[:-2]
-    if len(lead) >= 2 and lead[:-1] == key.shape[:-3] and key.shape[:-2] == value.shape[:-2]:
-        kv_heads = key.shape[-3]
-        if lead[-1] == kv_heads or (enable_gqa and kv_heads and lead[-1] % kv_heads == 0):
-            return rank, query, key, value
-    if rank == 3 and not enable_gqa:  # three dims are a batch of one head
-        tensors = [t.unsqueeze(-3) if t.dim() == 3 else t for t in tensors]
-    views = [t[(None,) * (max(rank, 4) - t.dim())] for t in tensors]
-    heads, key_heads, value_heads = (t.shape[-3] for t in views)
-    try:
-        lead = torch.broadcast_shapes(*(t.shape[:-3] for t in views))
-        (kv_heads,) = torch.broadcast_shapes((key_heads,), (value_heads,))
-    except RuntimeError:
-        raise ValueError(f"key: leading dims do not broadcast; got {_shapes(query, key, value)}") from None
-    if heads != kv_heads and heads == 1:
-        heads = kv_heads
-    if heads != kv_heads and kv_heads != 1:
-        if not enable_gqa:
-            raise ValueError(
-                f"key: {kv_heads} heads where query has {heads}; with enable_gqa=True, groups of query heads share one"
-            )
-        if kv_heads == 0 or heads % kv_heads:
-            raise ValueError(f"key: its {kv_heads} heads must divide query's {heads}; got {_shapes(query, key, value)}")
-    query = views[0].expand(*lead, heads, -1, -1)
-    key, value = (t.expand(*lead, kv_heads, -1, -1) for t in views[1:])
-    return rank, query, key, value
-
-
-def _unalign(out: Tensor, lse: Tensor, rank: int, enable_gqa: bool) -> tuple[Tensor, Tensor]:
-    if rank == 3:
-        return (out.squeeze(0).contiguous(), lse.squeeze(0)) if enable_gqa else (out.squeeze(-3), lse.squeeze(-2))
-    return out.squeeze(0).squeeze(0), lse.squeeze(0).squeeze(0)
-
-
-def _mask(mask: Tensor | None, query: Tensor, key: Tensor, rank: int, enable_gqa: bool) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"attn_mask: expected a Tensor of bool, float32 or {query.dtype}, got {kind}")
-    _same_device("attn_mask", mask, query)
-    if query.dtype == torch.float64 and mask.dtype == torch.float32:
-        mask = mask.double()
-    if rank == 3 and not enable_gqa and mask.dim() == 3:
-        mask = mask.unsqueeze(-3)
-    shape = (*query.shape[:-1], key.shape[-2])
-    missing = len(shape) - mask.dim()
-    if missing < 0 or any(n not in (1, m) for n, m in zip(mask.shape, shape[missing:], strict=True)):
-        raise ValueError(
-            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., heads, q_len, k_len) = {shape}"
-        )
-    return mask[(None,) * missing] if missing else mask
-
-
-def _same_device(name: str, t: Tensor, query: Tensor) -> None:
-    if t.device != query.device:
-        raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
-
-
-def _finite(name: str, number: Any) -> float:
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
-    if not -inf < number < inf:
-        raise ValueError(f"{name}: expected a finite number, got {number}")
-    return number
-
-
-def _per_head(name: str, t: Any, query: Tensor, *, scalar: bool = False, batched: bool = False) -> Tensor:
-    """`t` in the dtype of the arithmetic, with a value for each head (and batch, where `batched`)."""
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name}: expected a floating-point Tensor, got {kind}")
-    _same_device(name, t, query)
-    heads = query.shape[-3]
-    fits = t.shape == (heads,) or (scalar and t.dim() == 0) or (batched and t.dim() == query.dim() - 2)
-    full = (*query.shape[:-3], heads) if batched else (heads,)
-    try:
-        if not fits:
-            raise RuntimeError
-        return t.to(torch.promote_types(query.dtype, torch.float32)).expand(full)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: shape {tuple(t.shape)} where query has {heads} heads, query {tuple(query.shape)}"
-        ) from None
-
-
-def _window(window: Any) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise ValueError(f"window: expected a pair (left, right), got {window!r}")
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
-            raise TypeError(f"window: expected integers or None, got {window!r}")
-        if side is not None and side < 0:
-            raise ValueError(f"window: expected sides >= 0, got {window!r}")
-    left, right = (-1 if side is None or side >= 2**62 else side for side in window)  # positions stay in int64
-    return left, right
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _lengths(lengths: Any, query: Tensor, k_len: int) -> Tensor:
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"key_lengths: expected a Tensor of int32 or int64, got {kind}")
-    _same_device("key_lengths", lengths, query)
-    # Reading the values of a GPU tensor would stop the stream, and a traced or vmapped one has none yet: kernels
-    # clamp them.
-    if type(lengths) is Tensor and lengths.is_cpu and lengths.numel() and not _traced():
-        low, high = (int(x) for x in lengths.aminmax())
-        if low < 0 or high > k_len:
-            raise ValueError(f"key_lengths: expected values in [0, {k_len}], got {low}..{high}")
-    try:
-        return lengths.long().expand(query.shape[:-3])
-    except RuntimeError:
-        raise ValueError(
-            f"key_lengths: shape {tuple(lengths.shape)} does not broadcast to query's batch {tuple(query.shape[:-3])}"
-        ) from None

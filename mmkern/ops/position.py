@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op
+from mmkern.ops.dispatch import Op, Values
 
 ENCODINGS = ("sinusoidal", "scalar", "sincos2d")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -18,14 +18,8 @@ def _refuse_dtype(dtype: torch.dtype) -> str | None:
     return "the CPU kernels take float32, bfloat16 and float16, not torch.float64" if dtype == torch.float64 else None
 
 
-def _refuse_add(
-    x: Tensor, encoding: str, table: Tensor | None, offset: int, offsets: Tensor | None, scale: float, dropout_p: float
-) -> str | None:
-    return "dropout has no CPU kernel" if dropout_p else _refuse_dtype(x.dtype)
-
-
-def _refuse_embed(tokens: Tensor, *rest: Any) -> str | None:
-    return _refuse_add(*rest[:-1])
+def _refuse(x: Tensor, *_: object) -> str | None:
+    return _refuse_dtype(x.dtype)
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -38,19 +32,59 @@ def _empty_rows(x: Tensor) -> Tensor:
     return out if _has_rows(x) and _has_rows(out) else torch.empty_like(x.contiguous())
 
 
+_table_backward = Op(
+    "position_table_bwd(Tensor grad, SymInt max_length, SymInt offset, Tensor? offsets, float dropout_p, "
+    "Tensor? dropout_seed) -> Tensor",
+    reference=reference.position_table_gradient,
+    fake=lambda grad, max_length, *_: grad.new_empty(max_length, grad.shape[-1]),
+    kernels={"cpu": _refuse},
+)
+_embed_backward = Op(
+    "embed_tokens_bwd(Tensor grad, Tensor tokens, SymInt vocabulary, float scale, float dropout_p, int? padding_idx, "
+    "Tensor? dropout_seed) -> Tensor",
+    reference=reference.embedding_gradient,
+    fake=lambda grad, tokens, vocabulary, *_: grad.new_empty(vocabulary, grad.shape[-1]),
+    kernels={"cpu": _refuse},
+)
+
+
+def _add_backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    (grad,), (_, _, table, offset, offsets, scale, dropout_p, seed) = grads, args
+    found: list[Tensor | None] = [None] * len(args)
+    if wanted[0]:  # scaled and dropped as x was, with nothing added
+        found[0] = _add(grad, "none", None, 0, None, scale, dropout_p, seed)
+    if wanted[2]:
+        found[2] = _table_backward(grad, table.shape[0], offset, offsets, dropout_p, seed)
+    return found
+
+
+def _embed_tokens_backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    (grad,), (tokens, weight, _, table, offset, offsets, scale, dropout_p, padding_idx, seed) = grads, args
+    found: list[Tensor | None] = [None] * len(args)
+    if wanted[1]:
+        found[1] = _embed_backward(grad, tokens, weight.shape[0], scale, dropout_p, padding_idx, seed)
+    if wanted[3]:
+        found[3] = _table_backward(grad, table.shape[0], offset, offsets, dropout_p, seed)
+    return found
+
+
 _add = Op(
     "add_positional_encoding_fwd(Tensor x, str encoding, Tensor? table, SymInt offset, Tensor? offsets, float scale, "
-    "float dropout_p) -> Tensor",
+    "float dropout_p, Tensor? dropout_seed) -> Tensor",
     reference=reference.add_positional_encoding,
     fake=lambda x, *_: _empty_rows(x),
-    kernels={"cpu": _refuse_add},
+    kernels={"cpu": _refuse},
+    backward=_add_backward,
+    save=lambda args, outputs: ((None, *args[1:]), ()),
 )
 _embed = Op(
     "embed_tokens_fwd(Tensor tokens, Tensor weight, str encoding, Tensor? table, SymInt offset, Tensor? offsets, "
-    "float scale, float dropout_p, int? padding_idx) -> Tensor",
+    "float scale, float dropout_p, int? padding_idx, Tensor? dropout_seed) -> Tensor",
     reference=reference.embed_tokens,
     fake=lambda tokens, weight, *_: weight.new_empty(*tokens.shape, weight.shape[1]),
-    kernels={"cpu": _refuse_embed},
+    kernels={"cpu": lambda tokens, weight, *_: _refuse_dtype(weight.dtype)},
+    backward=_embed_tokens_backward,
+    save=lambda args, outputs: (args, ()),
 )
 
 
@@ -99,7 +133,7 @@ def add_positional_encoding(
         raise ValueError(f"x: expected (..., length, dim), got shape {tuple(x.shape)}")
     where = _positions("x", encoding, offset, x.shape, x.dtype)
     _check_dropout(dropout_p)
-    return _add(x, *where, float(scale), float(dropout_p))
+    return _add(x, *where, float(scale), float(dropout_p), _seed(dropout_p, x))
 
 
 def embed_tokens(
@@ -154,7 +188,7 @@ def embed_tokens(
         if not -vocabulary <= padding_idx < vocabulary:
             raise IndexError(f"padding_idx: {padding_idx} is outside the vocabulary of {vocabulary} rows of weight")
         padding_idx %= vocabulary
-    return _embed(tokens, weight, *where, float(scale), float(dropout_p), padding_idx)
+    return _embed(tokens, weight, *where, float(scale), float(dropout_p), padding_idx, _seed(dropout_p, weight))
 
 
 def _positions(
@@ -204,6 +238,13 @@ def _positions(
 def _check_dropout(dropout_p: float) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p!r}")
+
+
+def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
+    """One draw from the device's default generator, where anything is dropped."""
+    if not dropout_p:
+        return None
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
 
 
 def _kind(value: object) -> str:

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op
+from mmkern.ops.dispatch import Op, Values
 from mmkern.ops.position import _FLOATING, _empty_rows, _kind, _refuse_dtype
 
+
+def _turn_back(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradient of turning is the gradient of the result, turned back; nothing of q or k is needed."""
+    *where, inverse = args[len(grads) :]
+    asked = [i for i, grad in enumerate(grads) if grad is not None and wanted[i]]
+    found: list[Tensor | None] = [None] * len(args)
+    if len(asked) == 2:
+        found[:2] = _rotary_qk(*grads, *where, not inverse)
+    elif asked:
+        found[asked[0]] = _rotary(grads[asked[0]], *where, not inverse)
+    return found
+
+
 _rotary = Op(
-    "rotary_fwd(Tensor q, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid) -> Tensor",
+    "rotary_fwd(Tensor q, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid, bool inverse) "
+    "-> Tensor",
     reference=reference.rotary,
     fake=lambda q, *_: _empty_rows(q),
     kernels={"cpu": lambda q, *_: _refuse_dtype(q.dtype)},
+    backward=_turn_back,
+    save=lambda args, outputs: ((None, *args[1:]), ()),
 )
 _rotary_qk = Op(
-    "rotary_qk_fwd(Tensor q, Tensor k, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid)"
-    " -> (Tensor, Tensor)",
+    "rotary_qk_fwd(Tensor q, Tensor k, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid, "
+    "bool inverse) -> (Tensor, Tensor)",
     reference=reference.rotary_qk,
     fake=lambda q, k, *_: (_empty_rows(q), _empty_rows(k)),
     kernels={"cpu": lambda q, *_: _refuse_dtype(q.dtype)},
+    backward=_turn_back,
+    save=lambda args, outputs: ((None, None, *args[2:]), ()),
 )
 
 
@@ -127,7 +146,7 @@ def rotary(
         height, width = grid
         if height < 1 or width < 1 or (positions is None and height * width != length):
             raise ValueError(f"grid: expected height * width = length {length} without positions, got {grid!r}")
-    where = (positions, float(base), layout, rotary_dim, grid)
+    where = (positions, float(base), layout, rotary_dim, grid, False)
     return _rotary(q, *where) if k is None else _rotary_qk(q, k, *where)
 
 

@@ -8,7 +8,13 @@ from mmkern.reference.loss import (
     cross_entropy_backward_,
     cross_entropy_loss,
 )
-from mmkern.reference.position import add_positional_encoding, embed_tokens, positional_encoding
+from mmkern.reference.position import (
+    add_positional_encoding,
+    embed_tokens,
+    embedding_gradient,
+    position_table_gradient,
+    positional_encoding,
+)
 from mmkern.reference.rotary import rotary, rotary_qk
 from mmkern.reference.softmax import log_softmax, log_softmax_out, masked_softmax, softmax, softmax_out
 
@@ -23,11 +29,13 @@ __all__ = [
     "cross_entropy_backward_",
     "cross_entropy_loss",
     "embed_tokens",
+    "embedding_gradient",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "log_softmax",
     "log_softmax_out",
     "masked_softmax",
+    "position_table_gradient",
     "positional_encoding",
     "rotary",
     "rotary_qk",

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkern.reference.philox import keep_mask
+
 
 def positional_encoding(encoding: str, positions: Tensor, dim: int) -> Tensor:
     """float64 encoding (..., dim) of `positions` (...); "sincos2d" takes (..., 2): row, column."""
@@ -29,7 +31,14 @@ def _sin_cos(positions: Tensor, n: float) -> Tensor:
 
 
 def add_positional_encoding(
-    x: Tensor, encoding: str, table: Tensor | None, offset: int, offsets: Tensor | None, scale: float, dropout_p: float
+    x: Tensor,
+    encoding: str,
+    table: Tensor | None,
+    offset: int,
+    offsets: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> Tensor:
     """dropout(scale * x + encoding at each position); float16 and bfloat16 are computed in float32."""
     length, dim = x.shape[-2:]
@@ -50,7 +59,30 @@ def add_positional_encoding(
             )
             rows = F.embedding(positions, table)
         out = out + rows.to(wide)
-    return F.dropout(out.to(x.dtype), dropout_p)
+    return _drop(out, dropout_p, dropout_seed).to(x.dtype)
+
+
+def position_table_gradient(
+    grad: Tensor, max_length: int, offset: int, offsets: Tensor | None, dropout_p: float, dropout_seed: Tensor | None
+) -> Tensor:
+    """Gradient of the table (max_length, dim) whose rows `add_positional_encoding` added, from that of its result."""
+    dtype, grad = grad.dtype, _drop(_wide(grad), dropout_p, dropout_seed)
+    positions = torch.arange(grad.shape[-2], device=grad.device) + offset
+    if offsets is not None:
+        positions = positions + offsets.view(-1, *[1] * (grad.dim() - 2))
+    positions = positions.expand(grad.shape[:-1]).flatten()
+    return grad.new_zeros(max_length, grad.shape[-1]).index_add(0, positions, grad.flatten(0, -2)).to(dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _drop(x: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> Tensor:
+    if dropout_seed is None:
+        return x
+    keep = keep_mask(dropout_seed, dropout_p, (1,) * max(0, 3 - x.dim()) + tuple(x.shape), x.device).view(x.shape)
+    return torch.where(keep, x / (1 - dropout_p), 0.0) if dropout_p < 1 else x * 0.0
 
 
 def embed_tokens(
@@ -63,13 +95,31 @@ def embed_tokens(
     scale: float,
     dropout_p: float,
     padding_idx: int | None,
+    dropout_seed: Tensor | None,
 ) -> Tensor:
     """add_positional_encoding(weight[tokens], ...); row `padding_idx` of weight gets no gradient."""
     _check_range(
         tokens, weight.shape[0], f"tokens: an id is outside the vocabulary of {weight.shape[0]} rows of weight"
     )
     x = F.embedding(tokens, weight, padding_idx)
-    return add_positional_encoding(x, encoding, table, offset, offsets, scale, dropout_p)
+    return add_positional_encoding(x, encoding, table, offset, offsets, scale, dropout_p, dropout_seed)
+
+
+def embedding_gradient(
+    grad: Tensor,
+    tokens: Tensor,
+    vocabulary: int,
+    scale: float,
+    dropout_p: float,
+    padding_idx: int | None,
+    dropout_seed: Tensor | None,
+) -> Tensor:
+    """Gradient of the weight (vocabulary, dim) whose rows `embed_tokens` looked up, from that of its result."""
+    rows = _drop(_wide(grad), dropout_p, dropout_seed) * scale
+    if padding_idx is not None:
+        rows = torch.where((tokens == padding_idx)[..., None], 0.0, rows)
+    total = rows.new_zeros(vocabulary, rows.shape[-1]).index_add(0, tokens.flatten(), rows.flatten(0, -2))
+    return total.to(grad.dtype)
 
 
 def _check_range(index: Tensor, end: int, message: str) -> None:

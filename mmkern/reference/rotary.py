@@ -9,9 +9,15 @@ from torch import Tensor
 
 
 def rotary(
-    q: Tensor, positions: Tensor | None, base: float, layout: str, rotary_dim: int, grid: Sequence[int] | None
+    q: Tensor,
+    positions: Tensor | None,
+    base: float,
+    layout: str,
+    rotary_dim: int,
+    grid: Sequence[int] | None,
+    inverse: bool,
 ) -> Tensor:
-    """Turn pair i of the first `rotary_dim` channels by position * base^(-2i / rotary_dim).
+    """Turn pair i of the first `rotary_dim` channels by position * base^(-2i / rotary_dim); back, if `inverse`.
 
     Pairs are channels (i, i + rotary_dim/2) for layout "half", (2i, 2i + 1) for "interleaved". With a grid, the
     first half of the pairs turns by the row, the second by the column, each with base^(-4i / rotary_dim).
@@ -28,7 +34,7 @@ def rotary(
     n = rotary_dim // 2 // len(axes)
     frequency = base ** (-torch.arange(n, device=q.device, dtype=torch.float64) / n)
     angle = torch.cat([axis.double().unsqueeze(-1) * frequency for axis in axes], -1)
-    cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+    cos, sin = angle.cos().to(wide), angle.mul(-1 if inverse else 1).sin().to(wide)
     turned, rest = q[..., :rotary_dim].to(wide), q[..., rotary_dim:]
     if layout == "half":
         a, b = turned.chunk(2, -1)
@@ -47,6 +53,8 @@ def rotary_qk(
     layout: str,
     rotary_dim: int,
     grid: Sequence[int] | None,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`rotary` of both."""
-    return rotary(q, positions, base, layout, rotary_dim, grid), rotary(k, positions, base, layout, rotary_dim, grid)
+    rest = (positions, base, layout, rotary_dim, grid, inverse)
+    return rotary(q, *rest), rotary(k, *rest)
