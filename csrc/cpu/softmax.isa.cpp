@@ -8,6 +8,7 @@
 // instead: once for maximum and sum together, once for the result.
 #include "cpu/softmax.h"
 
+#include "cpu/exp_to.h"
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
 #include "cpu/vec.h"
@@ -33,29 +34,6 @@ int lanes_left(int64_t n) { return n < kLanes ? int(n) : kLanes; }
 template <class T>
 inline Vec load_part(const T* p, int n) {
   return n == kLanes ? load(p) : load_n(p, n);
-}
-
-// 2^f for f in [-0.5, 0.5], as exact as a result of type T can show: relative error 1e-7 for
-// float32, 3e-6 for float16 (which rounds at 5e-4), 1e-4 for bfloat16 (4e-3).
-inline Vec exp2_part(Vec f, float) { return exp2_fraction(f); }
-inline Vec exp2_part(Vec f, f16) {
-  Vec p = set1(9.582853038e-3f);
-  p = fma(p, f, set1(5.590642468e-2f));
-  p = fma(p, f, set1(2.402409861e-1f));
-  return fma(fma(p, f, set1(6.931241934e-1f)), f, set1(1.0f));
-}
-inline Vec exp2_part(Vec f, bf16) {
-  Vec p = fma(set1(5.500893049e-2f), f, set1(2.422109595e-1f));
-  return fma(fma(p, f, set1(6.932829272e-1f)), f, set1(1.0f));
-}
-// e^x for x <= 0, exactly 1 at 0. One step of reduction, unlike exp(): log2(e) is rounded to 1e-8,
-// which shows only where e^x is too small to count. 0 below -127 ln 2; NaN for NaN.
-template <class T>
-inline Vec exp_to(Vec x) {
-  x = max(set1(-88.0296919f), x);
-  const Vec shifted = fma(x, set1(kLog2e), set1(kExponentMagic));
-  const Vec f = fma(x, set1(kLog2e), set1(kExponentMagic) - shifted);
-  return exp2_part(f, T{}) * exponent_bits(shifted);
 }
 
 // Adds a term to n scores. Minus infinity and false hide an element whatever it holds, NaN
