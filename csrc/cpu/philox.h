@@ -9,16 +9,14 @@
 namespace mmkern::MMKERN_ISA {
 namespace {
 
-// Four random words for kLanes consecutive blocks, block first + l in lane l. A loop over lanes of
-// 32 x 32 -> 64 bit products, which compilers turn into vector instructions: about 25 a round.
+// Four random words for each of kLanes blocks, whose counters of 32 bits are overwritten. A loop
+// over lanes of 32 x 32 -> 64 bit products, which compilers turn into vector instructions: about 25
+// a round.
 struct PhiloxWords {
   uint32_t word[4][kLanes];
 };
-inline PhiloxWords philox(uint32_t first, uint32_t row, uint32_t head, uint32_t batch,
-                          uint64_t seed) {
-  uint64_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-  for (int l = 0; l < kLanes; ++l)
-    c0[l] = uint32_t(first + l), c1[l] = row, c2[l] = head, c3[l] = batch;
+inline PhiloxWords philox(uint64_t (&c0)[kLanes], uint64_t (&c1)[kLanes], uint64_t (&c2)[kLanes],
+                          uint64_t (&c3)[kLanes], uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     for (int l = 0; l < kLanes; ++l) {
@@ -38,6 +36,14 @@ inline PhiloxWords philox(uint32_t first, uint32_t row, uint32_t head, uint32_t 
   }
   return words;
 }
+// For consecutive blocks, block first + l in lane l.
+inline PhiloxWords philox(uint32_t first, uint32_t row, uint32_t head, uint32_t batch,
+                          uint64_t seed) {
+  uint64_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+  for (int l = 0; l < kLanes; ++l)
+    c0[l] = uint32_t(first + l), c1[l] = row, c2[l] = head, c3[l] = batch;
+  return philox(c0, c1, c2, c3, seed);
+}
 
 // Which elements dropout keeps, and what they are multiplied by.
 struct Dropout {
@@ -49,6 +55,7 @@ struct Dropout {
         seed(uint64_t(key)),
         scale(p < 1.0 ? float(1.0 / (1.0 - p)) : 0.0f) {}
   bool on() const { return threshold != 0; }
+  float factor(uint32_t word) const { return word >= threshold ? scale : 0.0f; }
 };
 
 // factors[j] = scale or 0 for columns [0, n) of one row from column `first` on, a multiple of 4;
@@ -60,7 +67,7 @@ inline void dropout_factors(const Dropout& d, int64_t batch, int64_t head, int64
         philox(uint32_t((first + j) / 4), uint32_t(row), uint32_t(head), uint32_t(batch), d.seed);
     for (int l = 0; l < kLanes; ++l) {
       for (int i = 0; i < 4; ++i) {
-        factors[j + 4 * l + i] = w.word[i][l] >= d.threshold ? d.scale : 0.0f;
+        factors[j + 4 * l + i] = d.factor(w.word[i][l]);
       }
     }
   }
