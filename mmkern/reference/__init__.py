@@ -3,7 +3,16 @@
 from mmkern.reference.attention import Similarity, attention, attention_backward, attention_backward_gradients
 from mmkern.reference.position import add_positional_encoding, embed_tokens, positional_encoding
 from mmkern.reference.rotary import rotary, rotary_qk
-from mmkern.reference.softmax import log_softmax, log_softmax_out, masked_softmax, softmax, softmax_out
+from mmkern.reference.softmax import (
+    log_softmax,
+    log_softmax_backward,
+    log_softmax_out,
+    masked_softmax,
+    masked_softmax_backward,
+    softmax,
+    softmax_backward,
+    softmax_out,
+)
 
 __all__ = [
     "Similarity",
@@ -13,11 +22,14 @@ __all__ = [
     "attention_backward_gradients",
     "embed_tokens",
     "log_softmax",
+    "log_softmax_backward",
     "log_softmax_out",
     "masked_softmax",
+    "masked_softmax_backward",
     "positional_encoding",
     "rotary",
     "rotary_qk",
     "softmax",
+    "softmax_backward",
     "softmax_out",
 ]
