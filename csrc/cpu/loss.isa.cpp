@@ -11,7 +11,7 @@
 #include "cpu/loss.h"
 
 #include "cpu/parallel.h"
-#include "cpu/softmax_row.h"
+#include "cpu/row_steps.h"
 #include "cpu/vec.h"
 
 namespace mmkern::MMKERN_ISA {

@@ -72,6 +72,49 @@ inline void store_factors(Words c0, Words c1, Words c2, Words c3, uint32_t thres
 }
 #endif
 
+// Ten rounds on n vectors of counters, 12 instructions a round and vector; two of them hide one
+// another's latency.
+template <int n>
+inline void philox_rounds(Words (&c0)[n], Words (&c1)[n], Words (&c2)[n], Words (&c3)[n],
+                          uint64_t seed) {
+  const Words m0 = words(0xD2511F53), m1 = words(0xCD9E8D57);
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) {
+      const Words p0 = multiply(c0[i], m0), p1 = multiply(c2[i], m1);
+      c0[i] = high_xor(p1, c1[i], words(k0));
+      c1[i] = p1;
+      c2[i] = high_xor(p0, c3[i], words(k1));
+      c3[i] = p0;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// Four random words for each of kLanes counters that follow no order.
+struct PhiloxWords {
+  uint32_t word[4][kLanes];
+};
+inline PhiloxWords philox(const uint64_t (&c0)[kLanes], const uint64_t (&c1)[kLanes],
+                          const uint64_t (&c2)[kLanes], const uint64_t (&c3)[kLanes],
+                          uint64_t seed) {
+  constexpr int n = kLanes / kCounters;
+  Words c[4][n];
+  memcpy(c[0], c0, sizeof c0), memcpy(c[1], c1, sizeof c1);
+  memcpy(c[2], c2, sizeof c2), memcpy(c[3], c3, sizeof c3);
+  philox_rounds(c[0], c[1], c[2], c[3], seed);
+  PhiloxWords found;
+  for (int w = 0; w < 4; ++w) {
+    uint64_t lanes[kLanes];
+    memcpy(lanes, c[w], sizeof lanes);
+    for (int l = 0; l < kLanes; ++l) found.word[w][l] = uint32_t(lanes[l]);
+  }
+  return found;
+}
+
 // Which elements dropout keeps, and what they are multiplied by.
 struct Dropout {
   uint32_t threshold;  // kept where a word is at least this; 0: everything is kept
@@ -82,34 +125,20 @@ struct Dropout {
         seed(uint64_t(key)),
         scale(p < 1.0 ? float(1.0 / (1.0 - p)) : 0.0f) {}
   bool on() const { return threshold != 0; }
+  float factor(uint32_t word) const { return word >= threshold ? scale : 0.0f; }
 };
 
 // factors[j] = scale or 0 for columns [0, n) of one row from column `first` on, a multiple of 4;
-// writes up to 4 * kLanes - 1 floats more. 12 instructions a round for 4 * kCounters elements, of
-// which two chains hide one another's latency.
+// writes up to 4 * kLanes - 1 floats more.
 inline void dropout_factors(const Dropout& d, int64_t batch, int64_t head, int64_t row,
                             int64_t first, int64_t n, float* factors) {
-  const Words m0 = words(0xD2511F53), m1 = words(0xCD9E8D57);
   for (int64_t j = 0; j < n; j += 8 * kCounters) {
     Words c0[2], c1[2], c2[2], c3[2];
     for (int i = 0; i < 2; ++i) {
       c0[i] = add(words(uint64_t((first + j) / 4 + i * kCounters)), counting());
       c1[i] = words(uint64_t(row)), c2[i] = words(uint64_t(head)), c3[i] = words(uint64_t(batch));
     }
-    uint32_t k0 = uint32_t(d.seed), k1 = uint32_t(d.seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const Words p0 = multiply(c0[i], m0), p1 = multiply(c2[i], m1);
-        c0[i] = high_xor(p1, c1[i], words(k0));
-        c1[i] = p1;
-        c2[i] = high_xor(p0, c3[i], words(k1));
-        c3[i] = p0;
-      }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
+    philox_rounds(c0, c1, c2, c3, d.seed);
     for (int i = 0; i < 2; ++i) {
       store_factors(c0[i], c1[i], c2[i], c3[i], d.threshold, d.scale,
                     factors + j + 4 * kCounters * i);

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op
+from mmkern.ops.dispatch import Op, Values
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,19 +22,47 @@ def _refuse_cpu(input: Tensor, *_: object) -> str | None:
     return None
 
 
-def _refuse_cpu_masked(
-    input: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None, dim: int, dropout_p: float, seed: Any
-) -> str | None:
-    return "dropout has no CPU kernel" if dropout_p > 0 else _refuse_cpu(input)
-
-
 def _fake(input: Tensor, *_: object) -> Tensor:
     return input.new_empty(input.shape)
 
 
-_softmax = Op("softmax_fwd(Tensor input, int dim) -> Tensor", reference.softmax, _fake, {"cpu": _refuse_cpu})
+def _fake_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+    return output.new_empty(output.shape)
+
+
+_softmax_backward = Op(
+    "softmax_bwd(Tensor grad, Tensor output, int dim) -> Tensor",
+    reference.softmax_backward,
+    _fake_backward,
+    {"cpu": _refuse_cpu},
+)
+_log_softmax_backward = Op(
+    "log_softmax_bwd(Tensor grad, Tensor output, int dim) -> Tensor",
+    reference.log_softmax_backward,
+    _fake_backward,
+    {"cpu": _refuse_cpu},
+)
+
+
+def _save_output(args: Values, outputs: Values) -> tuple[Values, Values]:
+    return (None, *args[1:]), outputs
+
+
+_softmax = Op(
+    "softmax_fwd(Tensor input, int dim) -> Tensor",
+    reference.softmax,
+    _fake,
+    {"cpu": _refuse_cpu},
+    backward=lambda grads, args, outputs, wanted: [_softmax_backward(grads[0], outputs[0], args[1]), None],
+    save=_save_output,
+)
 _log_softmax = Op(
-    "log_softmax_fwd(Tensor input, int dim) -> Tensor", reference.log_softmax, _fake, {"cpu": _refuse_cpu}
+    "log_softmax_fwd(Tensor input, int dim) -> Tensor",
+    reference.log_softmax,
+    _fake,
+    {"cpu": _refuse_cpu},
+    backward=lambda grads, args, outputs, wanted: [_log_softmax_backward(grads[0], outputs[0], args[1]), None],
+    save=_save_output,
 )
 _softmax_out = Op(
     "softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
@@ -47,12 +76,49 @@ _log_softmax_out = Op(
     lambda input, dim, out: None,
     {"cpu": _refuse_cpu},
 )
+
+
+def _fake_masked_backward(
+    grad: Tensor, output: Tensor | None, input: Tensor | None, mask: Tensor | None, scale: float, bias: Tensor | None,
+    dim: int, dropout_p: float, dropout_seed: Tensor | None, wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = [grad.new_empty(grad.shape if wanted & 1 else 0)]
+    for bit, term in ((2, mask), (4, bias)):
+        grads.append((grad if term is None else term).new_empty(term.shape if wanted & bit and term is not None else 0))
+    return grads[0], grads[1], grads[2]
+
+
+_masked_softmax_backward = Op(
+    "masked_softmax_bwd(Tensor grad, Tensor? output, Tensor? input, Tensor? mask, float scale, Tensor? bias, int dim, "
+    "float dropout_p, Tensor? dropout_seed, int wanted) -> (Tensor, Tensor, Tensor)",
+    reference.masked_softmax_backward,
+    _fake_masked_backward,
+    {"cpu": _refuse_cpu},
+)
+
+
+def _masked_backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    input, mask, scale, bias, dim, dropout_p, seed = args
+    bits = wanted[0] << 0 | wanted[1] << 1 | wanted[3] << 2
+    found = _masked_softmax_backward(grads[0], outputs[0], input, mask, scale, bias, dim, dropout_p, seed, bits)
+    x, term, added = (gradient if bits >> i & 1 else None for i, gradient in enumerate(found))
+    return [x, term, None, added, None, None, None]
+
+
+def _save_masked(args: Values, outputs: Values) -> tuple[Values, Values]:
+    """The output, which whatever comes next keeps too. With dropout it no longer shows all weights: then the input,
+    from which the kernel computes them again. Keeping them instead would cost as much, and a write in forward."""
+    return ((None, *args[1:]), outputs) if args[-1] is None else (args, (None,))
+
+
 _masked_softmax = Op(
     "masked_softmax_fwd(Tensor input, Tensor? mask, float scale, Tensor? bias, int dim, float dropout_p, "
     "Tensor? dropout_seed) -> Tensor",
     reference.masked_softmax,
     _fake,
-    {"cpu": _refuse_cpu_masked},
+    {"cpu": _refuse_cpu},
+    backward=_masked_backward,
+    save=_save_masked,
 )
 
 
@@ -140,7 +206,10 @@ def masked_softmax(
         raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
     if x.dim() == 0:
         return masked_softmax(x[None], mask, scale=scale, bias=bias, dropout_p=dropout_p)[0]
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64) if dropout_p > 0 else None
+    # One draw from the device's default generator: manual_seed and checkpointing work as with torch's dropout.
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     return _masked_softmax(x, mask, scale, bias, dim, dropout_p, seed)
 
 

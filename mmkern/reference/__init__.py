@@ -16,7 +16,16 @@ from mmkern.reference.position import (
     positional_encoding,
 )
 from mmkern.reference.rotary import rotary, rotary_qk
-from mmkern.reference.softmax import log_softmax, log_softmax_out, masked_softmax, softmax, softmax_out
+from mmkern.reference.softmax import (
+    log_softmax,
+    log_softmax_backward,
+    log_softmax_out,
+    masked_softmax,
+    masked_softmax_backward,
+    softmax,
+    softmax_backward,
+    softmax_out,
+)
 
 __all__ = [
     "Similarity",
@@ -33,12 +42,15 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "log_softmax",
+    "log_softmax_backward",
     "log_softmax_out",
     "masked_softmax",
     "position_table_gradient",
+    "masked_softmax_backward",
     "positional_encoding",
     "rotary",
     "rotary_qk",
     "softmax",
+    "softmax_backward",
     "softmax_out",
 ]
