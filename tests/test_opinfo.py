@@ -57,8 +57,7 @@ PAIRS = [
     pair("masked.softmax", mmkern.masked_softmax, call=masked_softmax),
     pair("nn.functional.embedding", mmkern.embed_tokens, call=embed_tokens),
 ]
-if hasattr(mmkern, "cross_entropy"):
-    PAIRS.append(pair("nn.functional.cross_entropy", mmkern.cross_entropy))
+PAIRS.append(pair("nn.functional.cross_entropy", mmkern.cross_entropy))
 
 
 def samples(p: Pair, dtype: torch.dtype) -> Iterator[Any]:
@@ -182,7 +181,7 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     "label_smoothing": (CROSS_ENTROPY, (X, torch.zeros(3).long()), {"label_smoothing": 1.5}),
 }
 OURS = {SDPA: mmkern.scaled_dot_product_attention, SOFTMAX: mmkern.softmax, F.embedding: mmkern.embed_tokens}
-OURS |= {CROSS_ENTROPY: mmkern.cross_entropy} if hasattr(mmkern, "cross_entropy") else {}
+OURS |= {CROSS_ENTROPY: mmkern.cross_entropy}
 
 
 def assert_refuses(ours: Callable[..., Any], call: Callable[..., Any], args: Any, kwargs: Any) -> None:
