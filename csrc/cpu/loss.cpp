@@ -148,6 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
   }
   const Layout layout = layout_of(x);
   a.columns = layout != Layout::rows;
+  STD_TORCH_CHECK(!a.columns || View(x).classes < 1 << 24,
+                  "input: 2^24 classes or more need unit stride along the classes");
   const auto operand = [&](const Tensor& t) {
     View v(t);
     if (layout == Layout::turned) v.turn();

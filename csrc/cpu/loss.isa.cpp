@@ -236,59 +236,68 @@ class CrossEntropy {
     Vec top = set1(-kInf);
     for (int64_t c = 0; c < classes; ++c) top = max(top, score(c));
     const Vec shift = select(equal(top, set1(-kInf)), zero(), top);
-    Vec total = zero(), weight_sum = zero(), dot = zero();
+    // The class of each position as a float, exact below 2^24; -1, which none is, where ignored.
+    float lane[kLanes] = {}, own[kLanes] = {};
+    for (int l = 0; l < lanes && kTarget != Target::soft; ++l) {
+      const int64_t target = a_.target[place + l];
+      const bool ignored = target == a_.ignore_index;
+      lane[l] = ignored ? -1.0f : float(target);
+      own[l] = ignored ? 0.0f : weight(target);
+    }
+    const Vec target = load(lane), own_weight = load(own);
+    Vec total = zero(), b = zero(), dot = zero(), x_target = zero();
     for (int64_t c = 0; c < classes;) {
-      Vec part = zero(), weight_part = zero(), dot_part = zero();
+      Vec part = zero(), b_part = zero(), dot_part = zero();
       for (const int64_t end = smaller(classes, c + kSumVecs); c < end; ++c) {
         const Vec v = score(c) - shift;
         part = part + exp_to<float>(v);
+        if constexpr (kTarget != Target::soft) {
+          x_target = select(equal(target, set1(float(c))), v, x_target);
+        }
         if constexpr (kTarget != Target::index) {
-          const Vec b = column_coefficient(soft, c, lanes);
-          dot_part = fma(b, v, dot_part), weight_part = weight_part + b;
+          const Vec each = column_coefficient(soft, c, lanes);
+          dot_part = fma(each, v, dot_part), b_part = b_part + each;
         }
       }
-      total = total + part, weight_sum = weight_sum + weight_part, dot = dot + dot_part;
+      total = total + part, b = b + b_part, dot = dot + dot_part;
     }
-    float tops[kLanes], shifts[kLanes], totals[kLanes], weights[kLanes], dots[kLanes];
-    float scales[kLanes] = {}, live[kLanes] = {}, subtracts[kLanes] = {};
-    store(tops, top), store(shifts, shift), store(totals, total);
-    store(weights, weight_sum), store(dots, dot);
-    for (int l = 0; l < lanes; ++l) {
-      const int64_t target = kTarget == Target::soft ? 0 : a_.target[place + l];
-      if (kTarget != Target::soft && target == a_.ignore_index) {
-        a_.loss[place + l] = 0.0f;
-        continue;
+    total = select(equal(top, set1(-kInf)), set1(__builtin_nanf("")), total);
+    Vec b_target = zero();
+    if constexpr (kTarget != Target::soft) {
+      const Vec hit = own_weight * set1(keep_);
+      if constexpr (kTarget == Target::smooth) {
+        b = hit + set1(smooth_ * a_.weight_sum);
+        b_target = hit + own_weight * set1(smooth_);
+      } else {
+        b = b_target = hit;
       }
-      if (tops[l] == -kInf) totals[l] = __builtin_nanf("");
-      const float x_target = kTarget == Target::soft ? 0.0f : to_float(x[target * a_.x.c + l]);
-      const Position p = finish(target, x_target, shifts[l], totals[l], weights[l], dots[l]);
-      a_.loss[place + l] = p.loss, scales[l] = p.scale, subtracts[l] = p.at_target, live[l] = 1.0f;
+      dot = dot + hit * x_target;
     }
+    float logs[kLanes];
+    store(logs, total);
+    for (int l = 0; l < lanes; ++l) logs[l] = logf(logs[l]);
+    for (int l = lanes; l < kLanes; ++l) logs[l] = 0.0f;
+    const Vec log_total = load(logs), factor = set1(a_.factor);
+    const Mask ignored = less(target, zero());
+    store_part(a_.loss + place, select(ignored, zero(), b * log_total - dot), lanes);
     if (grad) {
-      const Vec scale = load(scales), factor = set1(a_.factor);
-      const Mask alive = equal(load(live), set1(1.0f));
+      const Vec scale = b / total * factor, at_target = b_target * factor;
       for (int64_t c = 0; c < classes; ++c) {
-        Vec g = exp_to<float>(score(c) - shift) * scale;
+        Vec less_by = zero();
         if constexpr (kTarget != Target::index) {
-          g = g - column_coefficient(soft, c, lanes) * factor;
+          less_by = column_coefficient(soft, c, lanes) * factor;
         }
-        store_part(grad + c * a_.grad.c, select(alive, g, zero()), lanes);
-      }
-      for (int l = 0; l < lanes && kTarget != Target::soft; ++l) {
-        if (live[l] == 0.0f) continue;
-        const int64_t c = a_.target[place + l];
-        const float e = expf(to_float(x[c * a_.x.c + l]) - shifts[l]);
-        from_float(e * scales[l] - subtracts[l], grad + c * a_.grad.c + l);
+        if constexpr (kTarget != Target::soft) {
+          less_by = select(equal(target, set1(float(c))), at_target, less_by);
+        }
+        const Vec g = exp_to<float>(score(c) - shift) * scale - less_by;
+        store_part(grad + c * a_.grad.c, select(ignored, zero(), g), lanes);
       }
     }
     if (grad_soft) {
-      float logs[kLanes] = {};
-      for (int l = 0; l < lanes; ++l) logs[l] = logf(totals[l]);
-      const Vec log_total = load(logs);
       for (int64_t c = 0; c < classes; ++c) {
-        const Vec factor = set1(keep_ * a_.factor * weight(c));
-        store_part(grad_soft + c * a_.grad_soft.c, (log_total - (score(c) - shift)) * factor,
-                   lanes);
+        const Vec by = set1(keep_ * a_.factor * weight(c));
+        store_part(grad_soft + c * a_.grad_soft.c, (log_total - (score(c) - shift)) * by, lanes);
       }
     }
   }

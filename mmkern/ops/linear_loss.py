@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mmkern.reference.linear_loss import kept_dtype
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NONE, _MEAN, _SUM = range(3)
 _BUDGET = 32 << 20  # bytes of a chunk's logits, and of their gradient: larger ones are no faster
+_BLOCK = 1024  # rows of weight whose gradient is added at a time
 _FEWEST_ROWS = 16  # of a chunk: fewer would read the whole weight for too little work
 
 
@@ -48,19 +50,21 @@ def _chunked(
 
     A chunk of rows at a time: logits by torch's matmul, loss and gradient of them by one kernel, and two matmuls.
     torch's float16 matmul runs 300 times slower than its float32 one on CPU, so float16 is widened. grad_loss: that of
-    each row's loss; None: 1 / what a mean divides by.
+    each row's loss; None: 1 for all, of the reduced loss.
     """
     rows, half = len(hidden), hidden.dtype == torch.float16
     kept = (target != ignore_index).nonzero().squeeze(1)
     whole = len(kept) == rows
     h, y = (hidden, target) if whole else (hidden[kept], target[kept])
     _check_classes(y, len(weight))
+    # Of a mean over nothing only the loss is NaN: there are no rows to scale.
+    divisor = _divisor(y, class_weight).item() if reduction == _MEAN else 1.0
+    factor = 1.0 / divisor if divisor else inf
     losses = hidden.new_zeros(rows if reduction == _NONE else (), dtype=torch.float32)
-    found = [
-        hidden.new_zeros(hidden.shape if wanted & 1 else 0, dtype=kept_dtype(hidden)),
-        hidden.new_zeros(weight.shape if wanted & 2 else 0, dtype=torch.float32),
-        hidden.new_zeros(len(weight) if wanted & 4 else 0, dtype=torch.float32),
-    ]
+    new = hidden.new_zeros if len(h) < rows or rows == 0 else hidden.new_empty
+    grad_hidden = new(hidden.shape if wanted & 1 else 0, dtype=kept_dtype(hidden))
+    grad_weight = hidden.new_zeros(weight.shape if wanted & 2 and len(h) == 0 else 0, dtype=torch.float32)
+    grad_bias = hidden.new_zeros(len(weight) if wanted & 4 else 0, dtype=torch.float32)
     w, b = (weight.float(), None if bias is None else bias.float()) if half else (weight, bias)
     step = _rows(len(weight), w.element_size(), chunk_size)
     buffer = w.new_empty(min(step, len(h)), len(weight))
@@ -82,20 +86,24 @@ def _chunked(
             continue
         if grad_loss is not None:
             torch.ops.mmkern.cross_entropy_bwd_(grad, grad_loss[place], None)
-        if wanted & 1:
-            found[0][place] = grad @ w
-        if wanted & 2 and grad.dtype == torch.float32:
-            found[1].addmm_(grad.t(), part)
+        if wanted & 1 and whole:
+            torch.addmm(grad_hidden[:1], grad, w, beta=0, alpha=factor, out=grad_hidden[place])
+        elif wanted & 1:
+            grad_hidden[place] = (grad @ w).mul_(factor)
+        if wanted & 2 and start == 0:
+            grad_weight = torch.addmm(weight[:1].to(w.dtype), grad.t(), part, beta=0, alpha=factor)
+            if len(h) > step:
+                grad_weight = grad_weight.float()
+        elif wanted & 2 and grad.dtype == torch.float32:
+            grad_weight.addmm_(grad.t(), part, alpha=factor)
         elif wanted & 2:
-            found[1] += grad.t() @ part
+            more = torch.addmm(weight[:1], grad.t(), part, beta=0, alpha=factor)
+            # torch adds two dtypes by copying one to the other's first: block by block the copy stays in cache.
+            for into, block in zip(grad_weight.split(_BLOCK), more.split(_BLOCK), strict=True):
+                into.add_(block)
         if wanted & 4:
-            found[2] += grad.sum(0, dtype=torch.float32)
-    if reduction == _MEAN:
-        divisor = _divisor(y, class_weight)
-        losses /= divisor
-        for t in found if len(y) else ():  # of a mean over nothing only the loss is NaN
-            t.div_(divisor)
-    return losses, found
+            grad_bias.add_(grad.sum(0, dtype=torch.float32), alpha=factor)
+    return losses / divisor if reduction == _MEAN else losses, [grad_hidden, grad_weight, grad_bias]
 
 
 def _check_classes(target: Tensor, classes: int) -> None:
@@ -198,8 +206,15 @@ def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[boo
         return found
     for i, saved in zip(places, outputs[1:], strict=True):
         if wanted[i]:
-            found[i] = (saved * grad_loss).to(hidden.dtype)
+            found[i] = _scaled(saved, grad_loss).to(hidden.dtype)
     return found
+
+
+def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
+    """saved * grad_loss, in place where the graph is freed after this, so that nobody can read saved again."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return saved * grad_loss
+    return saved if grad_loss.is_cpu and grad_loss.item() == 1.0 else saved.mul_(grad_loss)
 
 
 _linear_cross_entropy = Op(
