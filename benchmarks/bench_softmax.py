@@ -34,11 +34,22 @@ MASKED: list[tuple[str, tuple[int, ...], Any, str]] = [
     ("T5-base bias 512", (1, 12, 512, 512), "bias", "default"),
     ("4096 square", (4096, 4096), "mask", "default"),
 ]
+# backward alone, the graph kept: reads the output and its gradient, writes one
+BACKWARD = ("BERT-base scores 128", "4096 square")
 
 
 def cases() -> Iterator[Case]:
     for name, dtype in DTYPES.items():
         rows = []
+        if name != "float16":
+            for op in ("softmax", "log_softmax"):
+                given = [row for row in SHAPES if row[0] in BACKWARD]
+                rows += [
+                    (f"{op}-backward", partial(_backward, op, row[1], row[2]), row, dtype.itemsize) for row in given
+                ]
+            rows += [
+                ("masked_softmax-training", partial(_masked_training, row[1], row[2]), row, 0) for row in MASKED[:3]
+            ]
         for op in ("softmax", "log_softmax") if name != "float16" else ("softmax",):
             rows += [(op, partial(_plain, op, row[1], row[2]), row, 0) for row in SHAPES]
             given = [row for row in SHAPES if row[0] in WITH_OUT]
@@ -77,6 +88,48 @@ def _given_output(op: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype,
     into = [torch.full_like(x, math.nan) for _ in range(2)]
     baseline = Baseline(f"{op}, out=", partial(theirs, x, dim, out=into[1]))
     return Problem(partial(ours, x, dim, out=into[0]), [baseline], lambda: theirs(x.double(), dim))
+
+
+def _gradients(out: Tensor, leaves: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def _backward(op: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str) -> Problem:
+    x, grad = (randn(*shape, dtype=dtype, scale=3.0, seed=seed).to(device) for seed in (0, 1))
+    ours, theirs = _ops(op)
+    leaf, wide = x.requires_grad_(), x.detach().double().requires_grad_()
+    return Problem(
+        partial(_gradients, ours(leaf, dim), (leaf,), grad),
+        [Baseline(f"{op} backward", partial(_gradients, theirs(leaf, dim), (leaf,), grad))],
+        lambda: _gradients(theirs(wide, dim), (wide,), grad.double()),
+        kind="gradient",
+    )
+
+
+def _masked_training(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
+    """Forward and backward of what `_masked` computes, a bias with its gradient."""
+    x, grad = (randn(*shape, dtype=dtype, scale=3.0, seed=seed).to(device) for seed in (0, 3))
+    lengths = torch.linspace(shape[-1] / 3, shape[-1], shape[0]).long()
+    mask = (torch.arange(shape[-1]) < lengths[:, None])[:, None, None, :].to(device) if kind == "padding" else None
+    learned = (randn(1, *shape[1:], dtype=dtype, seed=2).to(device),) if kind == "bias" else ()
+
+    def eager(x: Tensor, *bias: Tensor) -> Tensor:
+        scores = x * 0.125 + bias[0] if bias else x * 0.125
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+
+    def ours(x: Tensor, *bias: Tensor) -> Tensor:
+        return mmkern.masked_softmax(x, mask, scale=0.125, bias=bias[0] if bias else None)
+
+    def step(call: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+        leaves = tuple(t.detach().requires_grad_() for t in given)
+        return torch.autograd.grad(call(*leaves), leaves, grad.to(given[0].dtype))
+
+    return Problem(
+        partial(step, ours, x, *learned),
+        [Baseline("scale + mask + softmax", partial(step, eager, x, *learned))],
+        lambda: step(eager, *(t.double() for t in (x, *learned))),
+        kind="gradient",
+    )
 
 
 def _masked(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
