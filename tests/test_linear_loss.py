@@ -208,3 +208,14 @@ ERRORS = [
 def test_bad_arguments(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 2, 4), (4,)])
+def test_empty_and_single(shape):
+    target, leaves = torch.zeros(shape[:-1]).long(), [torch.randn(shape), torch.randn(5, shape[-1]), torch.randn(5)]
+    for reduction in REDUCTIONS:
+        found = loss_and_gradients(ours, leaves, target=target, reduction=reduction)
+        with mmkern.backend("reference"):
+            expected = loss_and_gradients(ours, leaves, target=target, reduction=reduction)
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True)

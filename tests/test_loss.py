@@ -237,3 +237,13 @@ def test_integer_targets_of_any_width():
     expected = mmkern.cross_entropy(X, T)
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
         assert torch.equal(mmkern.cross_entropy(X, T.to(dtype)), expected)
+
+
+def test_no_classes():
+    x, ignored = torch.zeros(3, 0), torch.full((3,), -100)
+    for reduction in REDUCTIONS:
+        for target in (x, ignored):
+            found = mmkern.cross_entropy(x, target, reduction=reduction)
+            torch.testing.assert_close(found, F.cross_entropy(x, target, reduction=reduction), equal_nan=True)
+    with pytest.raises(IndexError, match=r"target.*\[0, 0\)"):
+        mmkern.cross_entropy(x, ignored * 0)

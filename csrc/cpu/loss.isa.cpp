@@ -327,7 +327,7 @@ void scale(const ScaleRowsArgs& a) {
 
 void cross_entropy(const CrossEntropyArgs& a) {
   MMKERN_SWITCH_DTYPE(a.dtype, T, {
-    if (!a.soft.data) {
+    if (a.target) {
       if (a.label_smoothing > 0.0f) {
         CrossEntropy<T, T, Target::smooth>(a).run();
       } else {

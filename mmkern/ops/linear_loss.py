@@ -290,7 +290,7 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and reduction != "none" and not _transformed():
         wanted = sum((t is not None and t.requires_grad) << bit for bit, t in enumerate((hidden, weight, bias)))
     loss = _linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None],
         weight,
         target.reshape(-1).long(),
         bias,
