@@ -34,7 +34,7 @@ SHAPES: list[tuple[str, str, tuple[int, ...], str, str]] = [
 # the same with the gradient that training adds, forward and backward timed together
 TRAINED: list[tuple[str, str, tuple[int, ...], str, str]] = [
     ("rotary-training", "Llama prefill 512", (1, 32, 8, 512, 128), "half", "quick"),
-    ("add_positional_encoding-training", "ViT-B/16 learned", (32, 197, 768), "learned", "default"),
+    ("add_positional_encoding-training", "ViT-B/16 learned", (32, 197, 768), "learned", "quick"),
     ("embed_tokens-training", "BERT-base 128", (32, 128, 768, 30522), "learned", "quick"),
     ("embed_tokens-training", "Transformer 512", (8, 512, 512, 37000), "sinusoidal", "default"),
 ]

@@ -226,11 +226,16 @@ def test_a_narrow_screen_drops_spare_columns_only():
 def test_selection_by_op_family_dtype_and_level():
     every = suite.select(level="full")
     assert len({case.id for case in every}) == len(every)
-    assert {case.op for case in suite.select(["position"])} == {"rotary", "add_positional_encoding", "embed_tokens"}
+    assert {case.op for case in suite.select(["position"])} == {
+        name + part for name in ("rotary", "add_positional_encoding", "embed_tokens") for part in ("", "-training")
+    }
     assert {case.op for case in suite.select(["log_softmax"], ["bfloat16"])} == {"log_softmax"}
     quick, default = ({case.id for case in suite.select(level=level)} for level in ("quick", "default"))
     assert quick < default < {case.id for case in every}
-    assert {case.op for case in suite.select(level="quick")} == {case.op for case in every} - {"attention-lengths"}
+    assert {case.op for case in suite.select(level="quick")} == {case.op for case in every} - {
+        "attention-lengths",
+        "linear_cross_entropy",
+    }
     for wrong in ({"ops": ["nope"]}, {"dtypes": ["int8"]}, {"level": "later"}):
         with pytest.raises(ValueError, match="choose from"):
             suite.select(**wrong)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import mmkern
+import mmkern.testing
 from mmkern.benchmarks import model as minilm
 from mmkern.integrations import torch as integration
 
@@ -228,3 +229,15 @@ def test_importing_patches_nothing():
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cross_entropy_is_patched_with_its_gradient():
+    x, target, weight = mmkern.testing.randn(6, 9).requires_grad_(), torch.tensor([0, 8, 3, -100, 1, 1]), torch.rand(9)
+    loss = torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1)
+    want = torch.autograd.grad(loss(x, target), x)[0]
+    with integration.patched():
+        ran = mmkern.explain(lambda: loss(x, target).backward())
+        summed = torch.nn.functional.cross_entropy(x, target, size_average=False)
+    assert next(choice.op for choice in ran) == "cross_entropy_fwd"
+    torch.testing.assert_close(x.grad, want)
+    torch.testing.assert_close(summed, torch.nn.functional.cross_entropy(x, target, reduction="sum"))

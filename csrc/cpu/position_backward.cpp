@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "cpu/tensor.h"
 
 namespace mmkern {
@@ -59,6 +60,7 @@ Tensor embed_tokens_bwd(const Tensor& grad_in, const Tensor& tokens, int64_t voc
   const Tensor grad = with_rows(grad_in), ids = torch::stable::contiguous(tokens);
   Tensor out = torch::stable::new_empty(grad, {vocabulary, grad.size(grad.dim() - 1)});
   if (out.numel() == 0) return out;
+  use_large_pages(out.mutable_data_ptr(), size_t(out.numel()) * out.element_size());
   TokenSums a{};
   a.dtype = dtype_of(grad, "grad");
   a.grad = rows_of(grad);

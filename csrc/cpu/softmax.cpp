@@ -1,4 +1,5 @@
 // Softmax on CPU: tensors in, kernel arguments out. The kernels are in softmax.isa.cpp.
+#include "cpu/pages.h"
 #include "cpu/softmax_loops.h"
 
 namespace mmkern {
@@ -42,7 +43,11 @@ bool overlap(const Tensor& x, const Tensor& out) {
   return !same && from < to + (out_last + 1) * size && to < from + (last + 1) * size;
 }
 
-Tensor new_output(const Tensor& x) { return torch::stable::empty(x.sizes(), x.scalar_type()); }
+Tensor new_output(const Tensor& x) {
+  Tensor out = torch::stable::empty(x.sizes(), x.scalar_type());
+  use_large_pages(out.mutable_data_ptr(), size_t(out.numel()) * out.element_size());
+  return out;
+}
 
 Tensor softmax_fwd(const Tensor& x, int64_t dim) {
   Tensor out = new_output(x);

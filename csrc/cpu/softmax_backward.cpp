@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cpu/pages.h"
 #include "cpu/softmax_loops.h"
 
 namespace mmkern {
@@ -21,7 +22,11 @@ int64_t part_rows(int64_t elements) {
   return std::clamp(kPartElements / elements, kFewestPartRows, kMostPartRows);
 }
 
-Tensor new_gradient(const Tensor& t) { return torch::stable::empty(t.sizes(), t.scalar_type()); }
+Tensor new_gradient(const Tensor& t) {
+  Tensor out = torch::stable::empty(t.sizes(), t.scalar_type());
+  use_large_pages(out.mutable_data_ptr(), size_t(out.numel()) * out.element_size());
+  return out;
+}
 Tensor none(ScalarType type) { return torch::stable::empty({0}, type); }
 
 // What the three ops share. x: the output, or what it is computed from again.

@@ -1,4 +1,4 @@
-"""torch.nn.functional's attention and softmax carried out by mmkern, where and as long as it is asked for.
+"""torch.nn.functional's attention, softmax and cross-entropy done by mmkern, where and as long as it is asked for.
 
 with mmkern.integrations.torch.patched():
     model(inputs)
@@ -36,19 +36,40 @@ def _row_op(ours: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     return replacement
 
 
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    if size_average is not None or reduce is not None:  # deprecated in favour of reduction, with a warning
+        return _saved["cross_entropy"](
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    return mmkern.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": mmkern.scaled_dot_product_attention,
     "softmax": _row_op(mmkern.softmax, "softmax"),
     "log_softmax": _row_op(mmkern.log_softmax, "log_softmax"),
+    "cross_entropy": _cross_entropy,
 }
 
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """Inside the block `F.scaled_dot_product_attention`, `F.softmax` and `F.log_softmax` are mmkern's.
+    """Inside the block F's `scaled_dot_product_attention`, `softmax`, `log_softmax` and `cross_entropy` are mmkern's.
 
     That reaches everything which looks these names up in torch.nn.functional: nn.MultiheadAttention, nn.Softmax,
-    nn.Transformer*, most models. Not `tensor.softmax`, `torch.softmax` or a name imported from there before.
+    nn.Transformer*, nn.CrossEntropyLoss, most models. Not `tensor.softmax`, `torch.softmax` or a name imported from
+    there before.
     torch's fused inference path for nn.TransformerEncoderLayer calls neither name, so it is off inside. The
     change is process-wide, like torch's own backend flags, and undone when the last open block ends.
 
