@@ -104,23 +104,23 @@ class Softmax {
       const Vec shift = set1(row.shift), log_total = set1(logf(row.total));
       if (from_x) {
         return write(row.out,
-                     [&](int64_t j, int n) { return load_part(row.x + j, n) - shift - log_total; });
+                     [=](int64_t j, int n) { return load_part(row.x + j, n) - shift - log_total; });
       }
       return write(row.out,
-                   [&](int64_t j, int n) { return load_part(s + j, n) - shift - log_total; });
+                   [=](int64_t j, int n) { return load_part(s + j, n) - shift - log_total; });
     }
     const Vec factor = set1(masked_ && row.total == 0.0f ? 0.0f : 1.0f / row.total);
     if (dropout_.on()) {
       element_factors(a_, dropout_, row.out - out_, a_.out.col, a_.cols, spare);
-      return write(row.out, [&](int64_t j, int n) {
+      return write(row.out, [=](int64_t j, int n) {
         return drop(load_part(s + j, n) * factor, load_part(spare + j, n));
       });
     }
-    write(row.out, [&](int64_t j, int n) { return load_part(s + j, n) * factor; });
+    write(row.out, [=](int64_t j, int n) { return load_part(s + j, n) * factor; });
   }
 
   template <class F>
-  void write(T* out, const F& result) const {
+  void write(T* out, F result) const {
     write_row(out, a_.out.col, a_.cols, streams_, result);
   }
 
@@ -155,7 +155,7 @@ class Softmax {
     // Nothing but minus infinity, or a positive infinity: NaN, as inf - inf is.
     const Vec shift = set1(m), factor = set1(1.0f / total), log_total = set1(logf(total));
     each_chunk(a_.cols, shared, streams_, [&](int64_t, int64_t j, int64_t n) {
-      write_row(out + j, n, streams_, [&](int64_t i, int lanes) {
+      write_row(out + j, n, streams_, [=](int64_t i, int lanes) {
         const Vec difference = load_part(x + j + i, lanes) - shift;
         return kLog ? difference - log_total : exp_to<T>(difference) * factor;
       });

@@ -146,7 +146,7 @@ class SoftmaxBackward {
   void row(const S* g, const S* y, const Cursor& at, float* sums, float* s) const {
     const float total = row_total(g, y, cols_);
     if (hides_ && !(total - total == 0.0f)) return poisoned_row(at, sums, s);
-    write(out_ + at.out, total, sums, [&](int64_t j, int n) {
+    write(out_ + at.out, total, sums, [=](int64_t j, int n) {
       return result(load_part(g + j, n), load_part(y + j, n), total);
     });
   }
@@ -156,15 +156,15 @@ class SoftmaxBackward {
   }
 
   template <class F>
-  void write(T* out, float total, float* sums, const F& result) const {
+  void write(T* out, float total, float* sums, F result) const {
     const Vec scale = set1(masked_ ? a_.scale : 1.0f);
     if (sums && per_row_) sums[0] += total - total;  // the weights of a row sum to 1, so ds to 0
     if (!sums || per_row_) {
       if (!out_) return;
       return write_row(out, a_.out.col, cols_, false,
-                       [&](int64_t j, int n) { return result(j, n) * scale; });
+                       [=](int64_t j, int n) { return result(j, n) * scale; });
     }
-    const auto add = [&](int64_t j, int n) {
+    const auto add = [=](int64_t j, int n) {
       const Vec ds = result(j, n);
       store_part(sums + j, load_part(sums + j, n) + ds, n);
       return ds * scale;
@@ -240,7 +240,7 @@ class SoftmaxBackward {
       store_part(y + j, select(none, zero(), load_part(y + j, n)), n);
     });
     const float total = row_total<float>(s, y, cols_);
-    write(out_ + at.out, total, sums, [&](int64_t j, int n) {
+    write(out_ + at.out, total, sums, [=](int64_t j, int n) {
       const Mask none = equal(load_part(hidden + j, n), set1(-kInf));
       return select(none, zero(), result(load_part(s + j, n), load_part(y + j, n), total));
     });
@@ -257,7 +257,7 @@ class SoftmaxBackward {
     float total = 0.0f;
     for (int64_t c = 0; c < chunks; ++c) total += parts[c];
     each_chunk(cols_, true, false, [&](int64_t, int64_t j, int64_t n) {
-      write_row(out_ + at.out + j, n, false, [&](int64_t i, int lanes) {
+      write_row(out_ + at.out + j, n, false, [=](int64_t i, int lanes) {
         return result(load_part(g + j + i, lanes), load_part(y + j + i, lanes), total);
       });
     });

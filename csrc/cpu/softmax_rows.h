@@ -118,9 +118,10 @@ float write_exp(const S* x, float shift, float* e, const T* next, int64_t n) {
   return reduce_add(total);
 }
 
-// out[j] = result(j, n), past the caches where the output would not stay there.
+// out[j] = result(j, n), past the caches where the output would not stay there. What a result is
+// made from is to be captured by value: read by reference it would be read again after each store.
 template <class T, class F>
-void write_row(T* out, int64_t cols, bool streams, const F& result) {
+void write_row(T* out, int64_t cols, bool streams, F result) {
   int64_t j = 0;
   if (streams) {
     while (j < cols && j < kLanes && !stream_aligned(out + j)) ++j;
@@ -137,7 +138,7 @@ void write_row(T* out, int64_t cols, bool streams, const F& result) {
 
 // The same for an output of any stride.
 template <class T, class F>
-void write_row(T* out, int64_t stride, int64_t cols, bool streams, const F& result) {
+void write_row(T* out, int64_t stride, int64_t cols, bool streams, F result) {
   if (stride == 1) return write_row(out, cols, streams, result);
   for (int64_t j = 0; j < cols; j += kLanes) {
     float lanes[kLanes];
