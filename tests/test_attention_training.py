@@ -179,6 +179,17 @@ def test_second_derivatives_of_kernels() -> None:
         assert_accurate(found, exact, baseline, "gradient")
 
 
+def test_second_derivative_with_a_bool_mask() -> None:
+    q, k, v = leaves(5, 7, 8)
+    keep, found = randn(5, 7, seed=3) > -1, []
+    for name in ("cpu", "reference"):
+        with mmkern.backend(name):
+            (grad,) = torch.autograd.grad(attention(q, k, v, keep).square().sum(), q, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), (q, k, v)))
+    for mine, want in zip(*found, strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_opcheck(dropout_p: float) -> None:
     op, (q, k, v) = torch.ops.mmkern, (t.detach() for t in leaves(5, 7, 8, heads=4))

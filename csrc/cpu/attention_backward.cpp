@@ -84,14 +84,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
   a = in.args;
   const auto wants = [wanted](Wanted which) { return (wanted >> which & 1) != 0; };
   const auto gradient = [&](Wanted which, const Tensor& t) {
-    return wants(which) ? like(t) : torch::stable::empty({0}, t.scalar_type());
+    return wants(which) ? like(t) : torch::stable::empty({0}, query.scalar_type());
   };
   Tensor grad_q = gradient(kQuery, in.q->tensor), grad_k = gradient(kKey, in.k->tensor);
   Tensor grad_v = gradient(kValue, in.v->tensor);
   // The small ones are summed in float32, whatever the mask's dtype.
   const auto small = [&](Wanted which, const MaybeTensor& t) {
     return wants(which) ? torch::stable::empty(t->sizes(), ScalarType::Float)
-                        : torch::stable::empty({0}, t ? t->scalar_type() : ScalarType::Float);
+                        : torch::stable::empty({0}, query.scalar_type());
   };
   Tensor grad_mask = small(kMask, attn_mask), grad_temperature = small(kTemperature, temperature);
   Tensor grad_slopes = small(kSlopes, alibi_slopes), grad_sinks = small(kSinks, sinks);

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_bwd(const Tensor& grad, const 
   const Tensor& x = seed ? *input : *output;
   const Backward backward{SoftmaxKind::masked, grad, x, dim, mask, bias, scale, dropout_p, seed};
   const auto gradient = [&](Wanted which, const MaybeTensor& t) {
-    return wanted & which ? new_gradient(*t) : none(t ? t->scalar_type() : x.scalar_type());
+    return wanted & which ? new_gradient(*t) : none(x.scalar_type());
   };
   Tensor grad_x = wanted & kInput ? new_gradient(x) : none(x.scalar_type());
   Tensor grad_mask = gradient(kMask, mask), grad_bias = gradient(kBias, bias);

@@ -59,7 +59,7 @@ def _fake_backward(
     for bit, i in enumerate(_LEAVES):
         t = args[i]
         if not wanted >> bit & 1:
-            found.append(query.new_empty(0, dtype=torch.float32 if t is None else t.dtype))
+            found.append(query.new_empty(0))
         else:
             found.append(_like(t) if i < 3 else t.new_empty(t.shape))
     return tuple(found)

@@ -84,7 +84,7 @@ def _fake_masked_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grads = [grad.new_empty(grad.shape if wanted & 1 else 0)]
     for bit, term in ((2, mask), (4, bias)):
-        grads.append((grad if term is None else term).new_empty(term.shape if wanted & bit and term is not None else 0))
+        grads.append(term.new_empty(term.shape) if wanted & bit and term is not None else grad.new_empty(0))
     return grads[0], grads[1], grads[2]
 
 

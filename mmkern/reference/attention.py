@@ -107,7 +107,7 @@ def attention_backward(
     places = (0, 1, 2, 3, 8, 12, 14)  # query, key, value, attn_mask, temperature, alibi_slopes, sinks
     which = [i in places and bool(wanted >> places.index(i) & 1) for i in range(len(args))]
     found = formula_gradients(attention, (grad_out, grad_lse), args, which)
-    return tuple(_or_empty(found[i], args[i], query) for i in places)
+    return tuple(query.new_empty(0) if (gradient := found[i]) is None else gradient for i in places)
 
 
 def attention_backward_gradients(
@@ -132,12 +132,6 @@ def attention_backward_gradients(
         tensors = [g for g in of_part if g is not None]
         found.append(None if not tensors else torch.cat(tensors) if one else torch.stack(tensors).sum(0))
     return found
-
-
-def _or_empty(gradient: Tensor | None, of: Tensor | None, query: Tensor) -> Tensor:
-    if gradient is not None:
-        return gradient
-    return query.new_empty(0, dtype=torch.float32 if of is None else of.dtype)
 
 
 def _similarity(q: Tensor, k: Tensor, kind: int) -> Tensor:

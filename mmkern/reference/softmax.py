@@ -82,7 +82,7 @@ def masked_softmax_backward(
         if wanted & bit and term is not None:
             found.append(scores.sum_to_size(term.shape).to(term.dtype).contiguous())
         else:
-            found.append(scores.new_empty(0, dtype=dtype if term is None else term.dtype))
+            found.append(scores.new_empty(0, dtype=dtype))
     return found[0], found[1], found[2]
 
 
