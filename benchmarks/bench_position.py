@@ -36,7 +36,7 @@ TRAINED: list[tuple[str, str, tuple[int, ...], str, str]] = [
     ("rotary-training", "Llama prefill 512", (1, 32, 8, 512, 128), "half", "quick"),
     ("add_positional_encoding-training", "ViT-B/16 learned", (32, 197, 768), "learned", "quick"),
     ("embed_tokens-training", "BERT-base 128", (32, 128, 768, 30522), "learned", "quick"),
-    ("embed_tokens-training", "Transformer 512", (8, 512, 512, 37000), "sinusoidal", "default"),
+    ("embed_tokens-training", "Transformer 512", (8, 512, 512, 37000), "sinusoidal", "full"),
 ]
 
 

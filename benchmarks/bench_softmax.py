@@ -35,7 +35,7 @@ MASKED: list[tuple[str, tuple[int, ...], Any, str]] = [
     ("4096 square", (4096, 4096), "mask", "default"),
 ]
 # backward alone, the graph kept: reads the output and its gradient, writes one
-BACKWARD = ("BERT-base scores 128", "4096 square")
+BACKWARD = ("BERT-base scores 128", "classes 256x1000", "Llama-3 vocabulary")
 
 
 def cases() -> Iterator[Case]:
