@@ -27,7 +27,7 @@ class Compilation:
     kernels: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # id of a compiled kernel -> (function, it)
 
 
-_compilation: Compilation | None = None
+_compilations: list[Compilation] = []  # the innermost `compiling` block is last
 
 
 class _NoDevice:
@@ -52,13 +52,12 @@ class _NoDevice:
 @contextmanager
 def compiling(capability: int) -> Iterator[Compilation]:
     """Have launches compile for a CUDA compute capability (90 is sm_90) without a GPU; tensors are on "meta"."""
-    global _compilation
-    before, _compilation = _compilation, Compilation(capability)
+    _compilations.append(Compilation(capability))
     triton.runtime.driver.set_active(_NoDevice(GPUTarget("cuda", capability, 32)))
     try:
-        yield _compilation
+        yield _compilations[-1]
     finally:
-        _compilation = before
+        _compilations.pop()
         triton.runtime.driver.reset_active()
 
 
@@ -67,8 +66,8 @@ def capability(device: torch.device) -> int:
 
     AMD's GPUs have 64 KiB of shared memory, as that one has; the interpreter takes any size.
     """
-    if _compilation is not None:
-        return _compilation.capability
+    if _compilations:
+        return _compilations[-1].capability
     if device.type != "cuda" or torch.version.hip:
         return 75
     major, minor = torch.cuda.get_device_capability(device)
@@ -85,9 +84,9 @@ def launch(kernel: Any, blocks: int, on: Tensor, *args: Any, **options: Any) -> 
     """Run `kernel` as that many programs on the current stream of the device of `on`, whatever device is current."""
     if blocks == 0:
         return
-    if _compilation is not None:
+    if _compilations:
         compiled = kernel.warmup(*args, grid=(blocks,), **options)
-        _compilation.kernels[id(compiled)] = (kernel, compiled)
+        _compilations[-1].kernels[id(compiled)] = (kernel, compiled)
     elif on.is_cuda and on.device.index != torch.cuda.current_device():
         with torch.cuda.device(on.device):
             kernel[(blocks,)](*args, **options)

@@ -87,7 +87,7 @@ class Op:
         fake: output shapes, dtypes and strides for tracing.
         kernels: backend name -> function of the schema's arguments that returns None where that backend's
             kernel can run the call, or the reason why not. Whether the tensors are on its device is checked here.
-        triton: "file.function" of the Triton launcher in mmkern.kernels, which takes the schema's arguments; "" if none.
+        triton: "file.function" of the launcher in mmkern.kernels, which takes the schema's arguments; "" if none.
         backward: gradients of the kernel's outputs, None where one got none; the schema's arguments; the outputs;
             and for each argument whether its gradient is wanted -> one gradient (or None) for each argument. It
             calls another Op, whose reference formula gives second derivatives. Without it, the reference formula
