@@ -42,6 +42,16 @@ def _refuse_cpu(query: Tensor, *_: object) -> str | None:
     return None
 
 
+def _refuse_triton(query: Tensor, key: Tensor, value: Tensor, *_: object) -> str | None:
+    if query.dtype not in KERNEL_DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {query.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > 1024:
+        return f"head dims up to 1024, not {max(query.shape[-1], value.shape[-1])}"
+    if query.dtype == torch.bfloat16 and query.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16 needs compute capability 8.0 or higher"
+    return None
+
+
 # query, key, value, attn_mask, temperature, alibi_slopes, sinks: what may have a gradient
 _LEAVES = (0, 1, 2, 3, 8, 12, 14)
 _SCHEMA = (
@@ -105,8 +115,9 @@ _attention = Op(
     f"attention_fwd({_SCHEMA}) -> (Tensor, Tensor)",
     reference=reference.attention,
     fake=_fake,
-    kernels={"cpu": _refuse_cpu},
+    kernels={"cpu": _refuse_cpu, "triton": _refuse_triton},
     backward=_backward,
+    triton="attention.attention_fwd",
 )
 
 
