@@ -53,12 +53,14 @@ class _NoDevice:
 def compiling(capability: int) -> Iterator[Compilation]:
     """Have launches compile for a CUDA compute capability (90 is sm_90) without a GPU; tensors are on "meta"."""
     _compilations.append(Compilation(capability))
-    triton.runtime.driver.set_active(_NoDevice(GPUTarget("cuda", capability, 32)))
+    driver = triton.runtime.driver
+    before = driver._active  # asking for it in public looks for a GPU
+    driver.set_active(_NoDevice(GPUTarget("cuda", capability, 32)))
     try:
         yield _compilations[-1]
     finally:
         _compilations.pop()
-        triton.runtime.driver.reset_active()
+        driver.set_active(before)
 
 
 def capability(device: torch.device) -> int:
