@@ -295,6 +295,7 @@ def _merge_kernel(
 class Inputs:
     """Arguments of attention as kernels take them: four dims, the last contiguous, masks and terms expanded by stride."""
 
+    lead: torch.Size
     query: Tensor
     key: Tensor
     value: Tensor
@@ -326,6 +327,7 @@ class Inputs:
             full = (*query.shape[:-1], key.shape[-2])
             attn_mask = flat(attn_mask.expand(*lead, *attn_mask.shape[-3:])).expand(-1, *full[-3:])
         return cls(
+            lead,
             *(_last_contiguous(flat(t.expand(*lead, *t.shape[-3:]))) for t in (query, key, value)),
             attn_mask,
             temperature,

@@ -88,12 +88,19 @@ def _refuse_cpu_backward(
     return _refuse_cpu(query)
 
 
+def _refuse_triton_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *rest: Any
+) -> str | None:
+    return _refuse_triton(query, *rest)
+
+
 _attention_backward = Op(
     "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " + _SCHEMA + ", int wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,
-    kernels={"cpu": _refuse_cpu_backward},
+    kernels={"cpu": _refuse_cpu_backward, "triton": _refuse_triton_backward},
+    triton="attention_backward.attention_bwd",
     backward=lambda grads, args, outputs, wanted: reference.attention_backward_gradients(grads, args, wanted),
     save=lambda args, outputs: (args, ()),
 )
