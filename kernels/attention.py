@@ -33,42 +33,24 @@ from mmkern.kernels.attention_scores import (
 )
 from mmkern.kernels.attention_scores import exp as _exp
 from mmkern.kernels.launch import launch, pick
-from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile
+from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile, narrow, wide
 
 MAX_HEAD_DIM = 1024
 SPLIT = 256  # keys of one part in decoding: 8 heads of 4096 keys fill 128 processors
 PACKED_ROWS = 16  # up to so many queries, the heads of a group share a program
-# compute capability -> bytes of an element -> head dim up to -> rows of queries, of keys, warps, stages, K and V by TMA
+# What fits without spilling differs once scores need more than a scale and positions: with a mask, dropout, a softcap,
+# slopes or another similarity. compute capability -> bytes of an element -> head dim up to -> (plain, with those), each
+# rows of queries, of keys, warps, stages, whether keys and values come by TMA.
 _Tiles = tuple[int, int, int, int, bool]
-FORWARD: dict[int, dict[int, dict[int, _Tiles]]] = {
-    75: {
-        2: {64: (64, 64, 4, 2, False), 128: (64, 32, 4, 2, False), 256: (32, 32, 4, 1, False), 1024: (16, 16, 4, 1, False)},
-        4: {64: (32, 32, 4, 2, False), 128: (32, 32, 4, 1, False), 256: (16, 32, 4, 1, False), 1024: (16, 16, 4, 1, False)},
-    },
-    80: {
-        2: {64: (128, 64, 4, 3, False), 128: (128, 64, 8, 3, False), 256: (64, 64, 8, 2, False), 1024: (16, 16, 4, 1, False)},
-        4: {64: (64, 32, 4, 2, False), 128: (64, 32, 8, 2, False), 256: (32, 32, 8, 1, False), 1024: (16, 16, 8, 1, False)},
-    },
-    86: {
-        2: {64: (128, 64, 4, 2, False), 128: (64, 64, 4, 2, False), 256: (64, 32, 4, 2, False), 1024: (16, 16, 4, 1, False)},
-        4: {64: (64, 32, 4, 2, False), 128: (64, 32, 8, 1, False), 256: (32, 16, 8, 1, False), 1024: (16, 16, 8, 1, False)},
-    },
-    90: {
-        2: {64: (128, 128, 8, 3, True), 128: (128, 64, 8, 3, True), 256: (128, 64, 8, 2, True), 1024: (16, 16, 4, 1, False)},
-        4: {64: (64, 64, 8, 2, False), 128: (64, 32, 8, 2, False), 256: (32, 32, 8, 1, False), 1024: (16, 16, 8, 1, False)},
-    },
-    120: {
-        2: {64: (128, 64, 4, 2, False), 128: (64, 64, 4, 2, False), 256: (64, 32, 4, 2, False), 1024: (16, 16, 4, 1, False)},
-        4: {64: (64, 32, 4, 2, False), 128: (64, 32, 8, 1, False), 256: (32, 16, 8, 1, False), 1024: (16, 16, 8, 1, False)},
-    },
-}  # fmt: skip
+Table = dict[int, dict[int, dict[int, tuple[Any, Any]]]]
+FORWARD: Table = {75: {n: {1024: ((32, 32, 4, 1, False), (32, 32, 4, 1, False))} for n in (2, 4)}}  # @@FORWARD@@
 
 
 @triton.jit
-def _load(ptr, batch, head, start, rows, row_ok, columns, width, N: tl.constexpr, TMA: tl.constexpr):
+def _load(ptr, descriptor, batch, head, start, rows, row_ok, columns, width, N: tl.constexpr, TMA: tl.constexpr):
     """Rows start .. start + N of keys or values of one head, through their descriptor where TMA."""
     if TMA:
-        return tl.reshape(ptr.load([batch, head, start, 0]), [N, columns.shape[0]])
+        return tl.reshape(descriptor.load([batch, head, start, 0]), [N, columns.shape[0]])
     else:
         return tile(ptr, rows, row_ok, columns, width)
 
@@ -76,17 +58,17 @@ def _load(ptr, batch, head, start, rows, row_ok, columns, width, N: tl.constexpr
 @triton.jit
 def _part_of(v, part):
     """For part 0 the finite values; for 1 and 2 where a value is plus or minus infinity, or NaN, which is both."""
-    x = v.to(tl.float32)
+    x = wide(v)
     finite = tl.abs(x) < float("inf")
     sign = tl.where(part == 1, float("inf"), -float("inf"))
     there = tl.where((x == sign) | (x != x), 1.0, 0.0)
-    return tl.where(part == 0, tl.where(finite, x, 0.0), there).to(v.dtype)
+    return narrow(tl.where(part == 0, tl.where(finite, x, 0.0), there), v.dtype)
 
 
 @triton.jit
 def _attend(
-    acc, total, top, q, block, part, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_base, v_base, k_stride,
-    v_stride, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows,
+    acc, total, top, q, block, part, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
+    v_descriptor, k_base, v_base, k_stride, v_stride, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows,
     mask_stride, seed, threshold, batch_number, k_len, head_dim, value_dim,
     EDGE: tl.constexpr, SALVAGE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
     DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,7 +80,7 @@ def _attend(
     j = start + tl.arange(0, BLOCK_N)
     j_ok = j < k_len
     k_rows = k_base + j.to(tl.int64) * k_stride
-    k = _load(k_ptr, batch, kv_head, start, k_rows, j_ok, tl.arange(0, BLOCK_D), head_dim, BLOCK_N, TMA)
+    k = _load(k_ptr, k_descriptor, batch, kv_head, start, k_rows, j_ok, tl.arange(0, BLOCK_D), head_dim, BLOCK_N, TMA)
     qk = query_key(q, q_ptr, q_rows, row_ok, k, k_ptr, k_rows, j_ok, head_dim, EXACT, False, PRECISION)
     k_square = 0.0
     if SIMILARITY != DOT and not EXACT:
@@ -109,7 +91,7 @@ def _attend(
         mask_rows[:, None] + j.to(tl.int64)[None, :] * mask_stride, EDGE, MASK, CAPPED, SLOPED,
     )  # fmt: skip
     v_rows = v_base + j.to(tl.int64) * v_stride
-    v = _load(v_ptr, batch, kv_head, start, v_rows, j_ok, tl.arange(0, BLOCK_V), value_dim, BLOCK_N, TMA)
+    v = _load(v_ptr, v_descriptor, batch, kv_head, start, v_rows, j_ok, tl.arange(0, BLOCK_V), value_dim, BLOCK_N, TMA)
     if SALVAGE:
         weight = _exp(s - top[:, None], NATURAL) / total[:, None]
         weight = tl.where(part == 0, weight, tl.where(visible & (s != -float("inf")), 1.0, 0.0))
@@ -125,12 +107,12 @@ def _attend(
     if DROPOUT:
         keep = keep_tile(seed, threshold, (row * 0 + batch_number)[:, None], h[:, None], row[:, None], start, BLOCK_N)
         weight = tl.where(keep, weight, 0.0)
-    return dot(weight.to(v.dtype), v, acc, PRECISION), total, top
+    return dot(narrow(weight, v.dtype), v, acc, PRECISION), total, top
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "m_blocks", "splits", "split_len", "left", "right", "lower_right"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, sinks_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, out_ptr, lse_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, sinks_ptr, seed_ptr,
     k_square_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim,
     value_dim, m_blocks, splits, split_len, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb,
     stride_vh, stride_vl, stride_os, stride_ob, stride_oh, stride_ol, stride_ls, stride_mb, stride_mh, stride_mi, stride_mj,
@@ -183,7 +165,7 @@ def _attention_fwd_kernel(
     q = tile(q_ptr, q_rows, row_ok, tl.arange(0, BLOCK_D), head_dim)
     q_square = 0.0
     if SIMILARITY != DOT and not EXACT:
-        q_square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)[:, None]
+        q_square = tl.sum(wide(q) * wide(q), 1)[:, None]
     mask_rows = row64
     if MASK != NO_MASK:
         mask_rows = b64 * stride_mb + h64 * stride_mh + row64 * stride_mi
@@ -201,16 +183,16 @@ def _attention_fwd_kernel(
     )
     for block in tl.range(inner_first, inner_last):
         acc, total, top = _attend(
-            acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_base, v_base,
-            stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap * UNIT, slope,
+            acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
+            v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap * UNIT, slope,
             mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len, head_dim, value_dim,
             False, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for edge in tl.range(first, last - (inner_last - inner_first)):
         block = tl.where(edge < inner_first, edge, edge + (inner_last - inner_first))
         acc, total, top = _attend(
-            acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_base, v_base,
-            stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap * UNIT, slope,
+            acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
+            v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap * UNIT, slope,
             mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len, head_dim, value_dim,
             True, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
@@ -232,29 +214,30 @@ def _attention_fwd_kernel(
     out_ptrs = out_ptr + out_rows[:, None] + columns[None, :]
     out_ok = row_ok[:, None] & (columns[None, :] < value_dim)
     out = acc * tl.where(empty, 0.0, keep_scale / total)[:, None]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_ok)
+    tl.store(out_ptrs, narrow(out, out_ptr.dtype.element_ty), mask=out_ok)
 
     # A NaN or an infinity among the values: times a weight of 0 it is NaN, and here in every row of the block. So are
     # sums that overflowed before they were divided. Then once more, slowly: finite values, then where infinities count.
+    # In narrow blocks, so that this costs the loops above no registers.
     broken = tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0)
     if broken > 0:
         total = tl.where(empty, 1.0, total)
         for part_of_values in tl.range(0, 3):
             acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            for block in tl.range(first, last, num_stages=1):
+            for block in tl.range(first * (BLOCK_N // 16), last * (BLOCK_N // 16), num_stages=1):
                 acc, total, top = _attend(
                     acc, total, top, q, block, part_of_values, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr,
-                    v_ptr, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right,
+                    v_ptr, None, None, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right,
                     factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
-                    head_dim, value_dim, True, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION,
-                    BLOCK_N, BLOCK_D, BLOCK_V,
+                    head_dim, value_dim, True, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION,
+                    16, BLOCK_D, BLOCK_V,
                 )  # fmt: skip
             if part_of_values == 0:
                 out = acc * keep_scale
             else:
                 sign = tl.where(part_of_values == 1, float("inf"), -float("inf"))
-                out = tl.load(out_ptrs, mask=out_ok, other=0.0).to(tl.float32) + tl.where(acc > 0.0, sign, 0.0)
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_ok)
+                out = wide(tl.load(out_ptrs, mask=out_ok, other=0.0)) + tl.where(acc > 0.0, sign, 0.0)
+            tl.store(out_ptrs, narrow(out, out_ptr.dtype.element_ty), mask=out_ok)
 
 
 @triton.jit(do_not_specialize=["rows", "q_len", "splits"])
@@ -288,7 +271,7 @@ def _merge_kernel(
     tl.store(lse_ptr + row, tl.where(empty, -float("inf"), base + tl.log2(total) * LN2))
     out = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, total))
     at = (row // (heads * q_len)) * stride_ob + head * stride_oh + (row % q_len) * stride_ol
-    tl.store(out_ptr + at + columns, out.to(out_ptr.dtype.element_ty), mask=columns < value_dim)
+    tl.store(out_ptr + at + columns, narrow(out, out_ptr.dtype.element_ty), mask=columns < value_dim)
 
 
 @dataclass(frozen=True)
@@ -368,6 +351,11 @@ class Inputs:
         """Whether distances come from differences."""
         return self.similarity > COSINE.value and self.query.dtype == torch.float32
 
+    @property
+    def busy(self) -> bool:
+        terms = (self.mask, self.seed, self.slopes)
+        return self.softcap > 0 or self.similarity != DOT.value or any(t is not None for t in terms)
+
     @cached_property
     def key_squares(self) -> Tensor | None:
         return self._squares(self.key)
@@ -423,11 +411,12 @@ def block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def tiles(table: dict[int, dict[int, dict[int, Any]]], x: Inputs) -> Any:
-    """The table's row for the device, the dtype and the wider of the two head dims."""
+def tiles(table: Table, x: Inputs) -> Any:
+    """The table's row for the device, the dtype, the wider of the two head dims, and what scores need."""
     by_dim = pick(table, x.query.device)[x.query.element_size()]
     dim = max(x.query.shape[3], x.value.shape[3])
-    return by_dim[min(most for most in by_dim if most >= dim)]
+    plain, busy = by_dim[min(most for most in by_dim if most >= dim)]
+    return busy if x.busy else plain
 
 
 def describable(t: Tensor) -> bool:
@@ -466,15 +455,15 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
         part_lse = lse.new_empty((splits, *lse.shape))
     key, value = x.key, x.value
     tma = tma and describable(key) and describable(value)
-    sources = [key, value]
+    descriptors = [None, None]
     if tma:
-        sources = [
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block_n, block(t.shape[3])]) for t in sources
+        descriptors = [
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block_n, block(t.shape[3])]) for t in (key, value)
         ]
     m_blocks = triton.cdiv(rows, block_m)
     launch(
         _attention_fwd_kernel, m_blocks * splits * batch * (kv_heads if packed else heads), x.query,
-        x.query, *sources, parts, part_lse, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else x.sinks,
+        x.query, key, value, *descriptors, parts, part_lse, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else x.sinks,
         x.seed, x.key_squares, x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right, int(x.lower_right), heads,
         kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len, *x.query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], parts.stride(0) if splits > 1 else 0, *parts.stride()[-4:-1], lse.numel(), *x.terms,

@@ -12,10 +12,30 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 as dtype, rounded to nearest even. The interpreter would cut the bits that bfloat16 has not."""
+    if _INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def wide(x):
+    """As float32. The interpreter's own conversion of bfloat16 takes a hundred steps."""
+    if _INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b + acc in float32. The interpreter holds bfloat16 as integers, which its own dot does not convert."""
+    """a @ b + acc in float32. The interpreter's own dot takes the integers it holds bfloat16 as for numbers."""
     if _INTERPRET:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return acc + tl.dot(wide(a), wide(b), input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
