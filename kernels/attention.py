@@ -219,7 +219,7 @@ def _attention_fwd_kernel(
     # A NaN or an infinity among the values: times a weight of 0 it is NaN, and here in every row of the block. So are
     # sums that overflowed before they were divided. Then once more, slowly: finite values, then where infinities count.
     # In narrow blocks, so that this costs the loops above no registers.
-    broken = tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0)
+    broken = tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1))
     if broken > 0:
         total = tl.where(empty, 1.0, total)
         for part_of_values in tl.range(0, 3):

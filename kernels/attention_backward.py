@@ -277,7 +277,7 @@ def _queries_kernel(
         )  # fmt: skip
     # A NaN in a key that no query of the block sees meets its weight of 0. Then again, with such keys as 0,
     # in narrow blocks, which cost the loops above no registers.
-    if tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0) > 0:
+    if tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1)) > 0:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         weights = tl.zeros([BLOCK_M], tl.float32)
         grad_temperature = tl.zeros([BLOCK_M], tl.float32)
