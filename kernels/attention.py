@@ -43,14 +43,56 @@ PACKED_ROWS = 16  # up to so many queries, the heads of a group share a program
 # rows of queries, of keys, warps, stages, whether keys and values come by TMA.
 _Tiles = tuple[int, int, int, int, bool]
 Table = dict[int, dict[int, dict[int, tuple[Any, Any]]]]
-FORWARD: Table = {75: {n: {1024: ((32, 32, 4, 1, False), (32, 32, 4, 1, False))} for n in (2, 4)}}  # @@FORWARD@@
+_SINGLE = {  # float32: no tensor cores unless torch allows tf32
+    64: ((64, 32, 8, 1, False), (32, 16, 8, 1, False)),
+    128: ((64, 16, 8, 1, False), (32, 16, 8, 1, False)),
+    256: ((32, 16, 8, 1, False), (32, 16, 8, 1, False)),
+    1024: ((16, 16, 16, 1, False), (16, 16, 16, 1, False)),
+}
+_WIDE = ((16, 16, 8, 1, False), (16, 16, 8, 1, False))
+_SMALL = {  # 99 KiB of shared memory
+    64: ((128, 64, 4, 3, False), (128, 64, 8, 2, False)),
+    128: ((128, 64, 8, 2, False), (128, 32, 8, 2, False)),
+    256: ((32, 32, 4, 1, False), (32, 32, 4, 1, False)),
+    1024: _WIDE,
+}
+_OLD = {64: ((32, 32, 4, 1, False),) * 2, 128: ((32, 16, 4, 1, False),) * 2, 1024: _WIDE}
+FORWARD: Table = {
+    75: {2: _OLD, 4: _OLD},
+    80: {
+        2: {
+            64: ((128, 64, 4, 3, False), (128, 64, 8, 2, False)),
+            128: ((128, 64, 8, 2, False), (128, 32, 8, 2, False)),
+            256: ((64, 64, 8, 2, False), (32, 32, 4, 1, False)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
+    },
+    86: {2: _SMALL, 4: _SINGLE},
+    90: {
+        2: {
+            64: ((128, 128, 8, 3, True), (128, 64, 8, 3, True)),
+            128: ((128, 128, 8, 2, True), (128, 64, 8, 3, True)),
+            256: ((64, 64, 8, 2, True), (64, 64, 8, 2, True)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
+    },
+    120: {2: _SMALL, 4: _SINGLE},
+}
 
 
 @triton.jit
-def _load(ptr, descriptor, batch, head, start, rows, row_ok, columns, width, N: tl.constexpr, TMA: tl.constexpr):
+def _load(
+    ptr, descriptor, batch, head, start, rows, row_ok, columns, width, N: tl.constexpr, EDGE: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
     """Rows start .. start + N of keys or values of one head, through their descriptor where TMA."""
     if TMA:
-        return tl.reshape(descriptor.load([batch, head, start, 0]), [N, columns.shape[0]])
+        found = tl.reshape(descriptor.load([batch, head, start, 0]), [N, columns.shape[0]])
+        if EDGE:  # padding may hold a NaN
+            found = tl.where(row_ok[:, None], found, 0.0)
+        return found
     else:
         return tile(ptr, rows, row_ok, columns, width)
 
@@ -68,8 +110,8 @@ def _part_of(v, part):
 @triton.jit
 def _attend(
     acc, total, top, q, block, part, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
-    v_descriptor, k_base, v_base, k_stride, v_stride, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows,
-    mask_stride, seed, threshold, batch_number, k_len, head_dim, value_dim,
+    v_descriptor, k_base, v_base, k_stride, v_stride, q_square, k_square_ptr, k_square_base, length, left, right,
+    factor, softcap, slope, mask_ptr, mask_rows, mask_stride, seed, threshold, batch_number, k_len, head_dim, value_dim,
     EDGE: tl.constexpr, SALVAGE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
     DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -78,9 +120,10 @@ def _attend(
     NATURAL: tl.constexpr = MASK == FLOAT_MASK
     start = block * BLOCK_N
     j = start + tl.arange(0, BLOCK_N)
-    j_ok = j < k_len
+    j_ok = j < length
     k_rows = k_base + j.to(tl.int64) * k_stride
-    k = _load(k_ptr, k_descriptor, batch, kv_head, start, k_rows, j_ok, tl.arange(0, BLOCK_D), head_dim, BLOCK_N, TMA)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    k = _load(k_ptr, k_descriptor, batch, kv_head, start, k_rows, j_ok, d, head_dim, BLOCK_N, EDGE, TMA)
     qk = query_key(q, q_ptr, q_rows, row_ok, k, k_ptr, k_rows, j_ok, head_dim, EXACT, False, PRECISION)
     k_square = 0.0
     if SIMILARITY != DOT and not EXACT:
@@ -91,7 +134,7 @@ def _attend(
         mask_rows[:, None] + j.to(tl.int64)[None, :] * mask_stride, EDGE, MASK, CAPPED, SLOPED,
     )  # fmt: skip
     v_rows = v_base + j.to(tl.int64) * v_stride
-    v = _load(v_ptr, v_descriptor, batch, kv_head, start, v_rows, j_ok, tl.arange(0, BLOCK_V), value_dim, BLOCK_N, TMA)
+    v = _load(v_ptr, v_descriptor, batch, kv_head, start, v_rows, j_ok, e, value_dim, BLOCK_N, EDGE, TMA)
     if SALVAGE:
         weight = _exp(s - top[:, None], NATURAL) / total[:, None]
         weight = tl.where(part == 0, weight, tl.where(visible & (s != -float("inf")), 1.0, 0.0))
@@ -112,14 +155,14 @@ def _attend(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "m_blocks", "splits", "split_len", "left", "right", "lower_right"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, out_ptr, lse_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, sinks_ptr, seed_ptr,
-    k_square_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim,
-    value_dim, m_blocks, splits, split_len, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb,
-    stride_vh, stride_vl, stride_os, stride_ob, stride_oh, stride_ol, stride_ls, stride_mb, stride_mh, stride_mi, stride_mj,
-    stride_th, stride_ab, stride_ah, stride_nb, stride_sh,
+    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, out_ptr, lse_ptr, mask_ptr, temperature_ptr, slopes_ptr,
+    lengths_ptr, sinks_ptr, seed_ptr, k_square_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right,
+    heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len, stride_qb, stride_qh, stride_ql,
+    stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_os, stride_ob, stride_oh, stride_ol,
+    stride_ls, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah, stride_nb, stride_sh,
     MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr,
-    SEEDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SEEDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     NATURAL: tl.constexpr = MASK == FLOAT_MASK
     UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
@@ -184,17 +227,19 @@ def _attention_fwd_kernel(
     for block in tl.range(inner_first, inner_last):
         acc, total, top = _attend(
             acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
-            v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap * UNIT, slope,
-            mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len, head_dim, value_dim,
-            False, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+            v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left,
+            right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
+            head_dim, value_dim, False, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION,
+            BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for edge in tl.range(first, last - (inner_last - inner_first)):
         block = tl.where(edge < inner_first, edge, edge + (inner_last - inner_first))
         acc, total, top = _attend(
             acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
-            v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap * UNIT, slope,
-            mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len, head_dim, value_dim,
-            True, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+            v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left,
+            right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
+            head_dim, value_dim, True, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N,
+            BLOCK_D, BLOCK_V,
         )  # fmt: skip
 
     if sinks_ptr is not None:
@@ -227,10 +272,10 @@ def _attention_fwd_kernel(
             for block in tl.range(first * (BLOCK_N // 16), last * (BLOCK_N // 16), num_stages=1):
                 acc, total, top = _attend(
                     acc, total, top, q, block, part_of_values, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr,
-                    v_ptr, None, None, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right,
-                    factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
-                    head_dim, value_dim, True, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION,
-                    16, BLOCK_D, BLOCK_V,
+                    v_ptr, None, None, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base,
+                    length, left, right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
+                    batch_number, k_len, head_dim, value_dim, True, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY,
+                    EXACT, False, PRECISION, 16, BLOCK_D, BLOCK_V,
                 )  # fmt: skip
             if part_of_values == 0:
                 out = acc * keep_scale
@@ -264,7 +309,8 @@ def _merge_kernel(
         weight = tl.exp2((tl.load(part_lse_ptr + s * rows + row, mask=s < splits, other=-float("inf")) - base) * LOG2E)
         total += tl.sum(weight, 0)
         ok = (s < splits)[:, None] & (columns < value_dim)[None, :]
-        values = tl.load(parts_ptr + s.to(tl.int64)[:, None] * stride_ps + row * value_dim + columns[None, :], mask=ok, other=0.0)
+        at = s.to(tl.int64)[:, None] * stride_ps + row * value_dim + columns[None, :]
+        values = tl.load(parts_ptr + at, mask=ok, other=0.0)
         # An infinite value counts however small its weight is.
         acc += tl.sum(tl.where(tl.abs(values) < float("inf"), weight[:, None] * values, values), 0)
     empty = total == 0.0
@@ -276,7 +322,7 @@ def _merge_kernel(
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of attention as kernels take them: four dims, the last contiguous, masks and terms expanded by stride."""
+    """Arguments of attention as kernels take them: four dims, the last contiguous; terms are expanded by stride."""
 
     lead: torch.Size
     query: Tensor
@@ -371,8 +417,8 @@ class Inputs:
         out = x.new_empty((batch, heads, length), dtype=torch.float32)
         rows, width = batch * heads * length, block(dim)
         launch(
-            squared_norms, triton.cdiv(rows, max(2048 // width, 1)), x, x, out, rows, heads, length, dim, *x.stride()[:3],
-            BLOCK_R=max(2048 // width, 1), BLOCK_D=width,
+            squared_norms, triton.cdiv(rows, max(2048 // width, 1)), x, x, out, rows, heads, length, dim,
+            *x.stride()[:3], BLOCK_R=max(2048 // width, 1), BLOCK_D=width,
         )  # fmt: skip
         return out
 
@@ -399,7 +445,7 @@ class Inputs:
 
 def flat(t: Tensor) -> Tensor:
     """Leading dims as one: a view where strides allow."""
-    return t if t.dim() == 4 else t.reshape(-1, *t.shape[-3:])
+    return t if t.dim() == 4 else t.reshape(t.shape[:-3].numel(), *t.shape[-3:])
 
 
 def _last_contiguous(t: Tensor) -> Tensor:
@@ -426,7 +472,7 @@ def describable(t: Tensor) -> bool:
 
 
 def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    """`mmkern::attention_fwd`: query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) and its other arguments
+    """`mmkern::attention_fwd`: query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) and the rest
     -> (B..., H, L, V) in memory order (B..., L, H, V), and the log-sum-exp (B..., H, L) in float32."""
     query, value = args[0], args[2]
     *lead, heads, q_len, _ = query.shape
@@ -434,7 +480,7 @@ def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty((*lead, heads, q_len), dtype=torch.float32)
     x = Inputs.of(*args)
     if lse.numel():
-        _forward(x, out.view(-1, *out.shape[-3:]).transpose(1, 2), lse)
+        _forward(x, out.view(query.shape[:-3].numel(), *out.shape[-3:]).transpose(1, 2), lse)
     return out.transpose(-3, -2), lse
 
 
@@ -458,16 +504,18 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
     descriptors = [None, None]
     if tma:
         descriptors = [
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block_n, block(t.shape[3])]) for t in (key, value)
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block_n, block(t.shape[3])])
+            for t in (key, value)
         ]
     m_blocks = triton.cdiv(rows, block_m)
     launch(
-        _attention_fwd_kernel, m_blocks * splits * batch * (kv_heads if packed else heads), x.query,
-        x.query, key, value, *descriptors, parts, part_lse, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else x.sinks,
-        x.seed, x.key_squares, x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right, int(x.lower_right), heads,
-        kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len, *x.query.stride()[:3], *key.stride()[:3],
-        *value.stride()[:3], parts.stride(0) if splits > 1 else 0, *parts.stride()[-4:-1], lse.numel(), *x.terms,
-        **x.flags, PACKED=packed, TMA=tma, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+        _attention_fwd_kernel, m_blocks * splits * batch * (kv_heads if packed else heads), x.query, x.query, key,
+        value, *descriptors, parts, part_lse, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else
+        x.sinks, x.seed, x.key_squares, x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right,
+        int(x.lower_right), heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len,
+        *x.query.stride()[:3], *key.stride()[:3], *value.stride()[:3], parts.stride(0) if splits > 1 else 0,
+        *parts.stride()[-4:-1], lse.numel(), *x.terms, **x.flags, PACKED=packed, TMA=tma, BLOCK_M=block_m,
+        BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         launch(

@@ -4,8 +4,8 @@ With p the weights, d a row's grad_out . out - grad_lse, ds = p (grad_out . v - 
 - rows:    d, and the gradient of a sink, -sum exp(sink - lse) d.          reads grad_out and out once
 - queries: grad_query from all keys of a block of queries                   3 matmuls a tile
 - keys:    grad_key and grad_value from all queries of a block of keys      4 matmuls a tile, all of it transposed:
-           S^T = k q^T and dP^T = v grad_out^T are computed as such, since a dot's transposed result as an operand of the
-           next costs a turn through shared memory and has been miscompiled
+           S^T = k q^T and dP^T = v grad_out^T are computed as such, since a dot's transposed result as an operand
+           of the next costs a turn through shared memory and has been miscompiled
 - mask:    ds summed over whatever the mask is broadcast over               2 matmuls a tile
 Two kernels for queries and keys compute the scores twice; one would have to add to grad_query atomically.
 """
@@ -40,13 +40,50 @@ from mmkern.kernels.launch import launch
 from mmkern.kernels.numerics import LOG2E, dot, keep_tile, narrow, wide
 
 # As FORWARD: capability -> bytes -> head dim up to -> (plain, busy): rows that stay, rows that pass, warps, stages.
-BACKWARD: Table = {75: {n: {1024: ((32, 16, 4, 1), (32, 16, 4, 1))} for n in (2, 4)}}  # @@BACKWARD@@
+_SINGLE = {
+    64: ((32, 32, 8, 1), (32, 16, 8, 1)),
+    128: ((32, 16, 8, 1), (16, 16, 8, 1)),
+    256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    1024: ((16, 16, 16, 1), (16, 16, 16, 1)),
+}
+_WIDE = ((16, 16, 8, 1), (16, 16, 8, 1))
+_SMALL = {
+    64: ((64, 64, 8, 2), (32, 32, 4, 1)),
+    128: ((64, 32, 8, 2), (64, 32, 8, 1)),
+    256: ((32, 16, 8, 1), (32, 16, 8, 1)),
+    1024: _WIDE,
+}
+_OLD = {64: ((32, 32, 4, 1),) * 2, 128: ((32, 16, 4, 1),) * 2, 1024: _WIDE}
+BACKWARD: Table = {
+    75: {2: _OLD, 4: _OLD},
+    80: {
+        2: {
+            64: ((64, 64, 8, 2), (32, 32, 4, 1)),
+            128: ((64, 64, 8, 2), (64, 32, 8, 2)),
+            256: ((64, 32, 8, 1), (32, 16, 8, 1)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
+    },
+    86: {2: _SMALL, 4: _SINGLE},
+    90: {
+        2: {
+            64: ((128, 64, 8, 2), (64, 32, 8, 2)),
+            128: ((64, 64, 8, 2), (64, 32, 8, 2)),
+            256: ((32, 32, 8, 1), (32, 16, 8, 1)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
+    },
+    120: {2: _SMALL, 4: _SINGLE},
+}
 
 
 @triton.jit(do_not_specialize=["rows", "q_len"])
 def _rows_kernel(
     grad_ptr, grad_lse_ptr, out_ptr, lse_ptr, sinks_ptr, delta_ptr, sink_parts_ptr, rows, heads, q_len, value_dim,
-    stride_gb, stride_gh, stride_gl, stride_gv, stride_ob, stride_oh, stride_ol, stride_rb, stride_rh, stride_rl, stride_sh,
+    stride_gb, stride_gh, stride_gl, stride_gv, stride_ob, stride_oh, stride_ol, stride_rb, stride_rh, stride_rl,
+    stride_sh,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """delta of each row, and its share of its sink's gradient."""
@@ -72,21 +109,22 @@ def _rows_kernel(
 
 @triton.jit
 def _score_gradients(
-    q, k, v, grad, q_ptr, q_rows, q_ok, k_ptr, k_rows, k_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, h, row, lse, delta, q_square, k_square, length, left,
-    right, factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold, keep_scale, batch_number, start, head_dim, value_dim,
+    q, k, v, grad, q_ptr, q_rows, q_ok, k_ptr, k_rows, k_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, h, row, lse,
+    delta, q_square, k_square, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold,
+    keep_scale, batch_number, start, head_dim, value_dim,
     EDGE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr, DROPOUT: tl.constexpr,
-    SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: gradients of its scores and, where capped, of what came before; similarities; the weights that met v.
 
-    lse: plus infinity where a row sees nothing, so that its weights are 0. All one-dimensional arguments come shaped to broadcast; q (M, D), k (N, D), v (N, V), grad (M, V).
+    lse: plus infinity where a row sees nothing, so that its weights are 0. All one-dimensional arguments come shaped to
+    broadcast; q (M, D), k (N, D), v (N, V), grad (M, V).
     """
     NATURAL: tl.constexpr = MASK == FLOAT_MASK
     qk = query_key(q, q_ptr, q_rows, q_ok, k, k_ptr, k_rows, k_ok, head_dim, EXACT, TRANSPOSED, PRECISION)
     sim = similarity(qk, q_square, k_square, SIMILARITY, EXACT)
-    grad_weight = products(
-        grad, grad_ptr, grad_rows, q_ok, v, v_ptr, v_rows, k_ok, value_dim, TRANSPOSED, PRECISION
-    )
+    grad_weight = products(grad, grad_ptr, grad_rows, q_ok, v, v_ptr, v_rows, k_ok, value_dim, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         i_ok = q_ok[None, :]
     else:
@@ -155,9 +193,10 @@ def _finish(acc, x, x_square, weights, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def _query_step(
-    acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i, head, row, lse, delta, q_square,
-    k_ptr, v_ptr, k_base, v_base, k_stride, v_stride, k_square_ptr, k_square_base, length, left, right, factor, softcap,
-    slope, mask_ptr, mask_rows, mask_stride, seed, threshold, keep_scale, batch_number, k_len, head_dim, value_dim,
+    acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i, head,
+    row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, k_stride, v_stride, k_square_ptr, k_square_base, length,
+    left, right, factor, softcap, slope, mask_ptr, mask_rows, mask_stride, seed, threshold, keep_scale, batch_number,
+    k_len, head_dim, value_dim,
     EDGE: tl.constexpr, CLEAN: tl.constexpr, TEMPERATURE: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
     CAPPED: tl.constexpr, SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -166,7 +205,7 @@ def _query_step(
     UNIT: tl.constexpr = 1.0 if MASK == FLOAT_MASK else 1.4426950408889634
     start = n_block * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    j, j_ok = n[None, :], n < k_len
+    j, j_ok = n[None, :], n < length
     k_rows, v_rows = k_base + n.to(tl.int64) * k_stride, v_base + n.to(tl.int64) * v_stride
     k = tile(k_ptr, k_rows, j_ok, tl.arange(0, BLOCK_D), head_dim)
     v = tile(v_ptr, v_rows, j_ok, tl.arange(0, BLOCK_V), value_dim)
@@ -174,9 +213,8 @@ def _query_step(
     if SIMILARITY != DOT and not EXACT:
         k_square = tl.load(k_square_ptr + k_square_base + n, mask=j_ok, other=0.0)[None, :]
     ds, before_cap, sim, _ = _score_gradients(
-        q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, row * 0 + head,
-        row, lse, delta, q_square,
-        k_square, length, left, right, factor * UNIT, softcap * UNIT, slope, mask_ptr,
+        q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, row * 0 +
+        head, row, lse, delta, q_square, k_square, length, left, right, factor * UNIT, softcap * UNIT, slope, mask_ptr,
         mask_rows[:, None] + n.to(tl.int64)[None, :] * mask_stride, seed, threshold, keep_scale, batch_number, start,
         head_dim, value_dim, EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION, BLOCK_N,
     )  # fmt: skip
@@ -199,10 +237,11 @@ def _query_step(
 @triton.jit(do_not_specialize=["q_len", "k_len", "m_blocks", "left", "right", "lower_right"])
 def _queries_kernel(
     grad_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, seed_ptr,
-    q_square_ptr, k_square_ptr, grad_q_ptr, temperature_parts_ptr, slope_parts_ptr, scale, softcap, threshold, keep_scale,
-    left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, stride_gb, stride_gh, stride_gl,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_xb, stride_xh,
-    stride_xl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah, stride_nb,
+    q_square_ptr, k_square_ptr, grad_q_ptr, temperature_parts_ptr, slope_parts_ptr, scale, softcap, threshold,
+    keep_scale, left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, stride_gb,
+    stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh,
+    stride_vl, stride_xb, stride_xh, stride_xl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab,
+    stride_ah, stride_nb,
     MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, SEEDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -260,20 +299,22 @@ def _queries_kernel(
     grad_slope = tl.zeros([BLOCK_M], tl.float32)
     for n_block in tl.range(inner_first, inner_last):
         acc, weights, grad_temperature, grad_slope = _query_step(
-            acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i, head, row, lse, delta,
-            q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr, k_square_base, length, left, right,
-            factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, keep_scale, batch_number, k_len,
-            head_dim, value_dim, False, False, temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED,
-            SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+            acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i,
+            head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr,
+            k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
+            keep_scale, batch_number, k_len, head_dim, value_dim, False, False, temperature_parts_ptr is not None,
+            slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D,
+            BLOCK_V,
         )  # fmt: skip
     for edge in tl.range(first, last - (inner_last - inner_first)):
         n_block = tl.where(edge < inner_first, edge, edge + (inner_last - inner_first))
         acc, weights, grad_temperature, grad_slope = _query_step(
-            acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i, head, row, lse, delta,
-            q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr, k_square_base, length, left, right,
-            factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, keep_scale, batch_number, k_len,
-            head_dim, value_dim, True, False, temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED,
-            SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+            acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i,
+            head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr,
+            k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
+            keep_scale, batch_number, k_len, head_dim, value_dim, True, False, temperature_parts_ptr is not None,
+            slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D,
+            BLOCK_V,
         )  # fmt: skip
     # A NaN in a key that no query of the block sees meets its weight of 0. Then again, with such keys as 0,
     # in narrow blocks, which cost the loops above no registers.
@@ -284,11 +325,12 @@ def _queries_kernel(
         grad_slope = tl.zeros([BLOCK_M], tl.float32)
         for n_block in tl.range(first * (BLOCK_N // 16), last * (BLOCK_N // 16), num_stages=1):
             acc, weights, grad_temperature, grad_slope = _query_step(
-                acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i, head, row, lse, delta,
-                q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr, k_square_base, length, left, right,
-                factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, keep_scale, batch_number, k_len,
-                head_dim, value_dim, True, True, temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED,
-                SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, 16, BLOCK_D, BLOCK_V,
+                acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows,
+                row_ok, i, head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl,
+                k_square_ptr, k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows,
+                stride_mj, seed, threshold, keep_scale, batch_number, k_len, head_dim, value_dim, True, True,
+                temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT,
+                SIMILARITY, EXACT, PRECISION, 16, BLOCK_D, BLOCK_V,
             )  # fmt: skip
     if temperature_parts_ptr is not None:
         tl.store(temperature_parts_ptr + stats, grad_temperature * scale, mask=row_ok)
@@ -303,10 +345,11 @@ def _queries_kernel(
 
 @triton.jit
 def _key_step(
-    grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square, grad_ptr, lse_ptr, delta_ptr, q_ptr,
-    mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold, keep_scale, batch_number, length,
-    left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh,
-    stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah,
+    grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square, grad_ptr,
+    lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold,
+    keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb,
+    stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th,
+    stride_ab, stride_ah,
     EDGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
     SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -335,11 +378,11 @@ def _key_step(
     if MASK != NO_MASK:
         mask_rows = b64 * stride_mb + h64 * stride_mh + row64 * stride_mi
     _, before_cap, sim, dropped = _score_gradients(
-        q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, (row + offset)[None, :],
-        j, row * 0 + head, row,
-        lse[None, :], delta[None, :], q_square, k_square, length, left, right, factor * UNIT, softcap * UNIT, slope,
-        mask_ptr, mask_rows[None, :] + n64[:, None] * stride_mj, seed, threshold, keep_scale, batch_number, start, head_dim,
-        value_dim, EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, True, PRECISION, BLOCK_N,
+        q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, (row +
+        offset)[None, :], j, row * 0 + head, row, lse[None, :], delta[None, :], q_square, k_square, length, left, right,
+        factor * UNIT, softcap * UNIT, slope, mask_ptr, mask_rows[None, :] + n64[:, None] * stride_mj, seed, threshold,
+        keep_scale, batch_number, start, head_dim, value_dim, EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT,
+        True, PRECISION, BLOCK_N,
     )  # fmt: skip
     if VALUE:
         grad_v = dot(narrow(dropped, grad.dtype), grad, grad_v, PRECISION)
@@ -356,10 +399,10 @@ def _key_step(
 @triton.jit(do_not_specialize=["q_len", "k_len", "n_blocks", "left", "right", "lower_right"])
 def _keys_kernel(
     grad_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, seed_ptr,
-    q_square_ptr, k_square_ptr, grad_k_ptr, grad_v_ptr, scale, softcap, threshold, keep_scale,
-    left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, n_blocks, stride_gb, stride_gh, stride_gl,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_xb, stride_xh,
-    stride_xl, stride_yb, stride_yh, stride_yl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah,
+    q_square_ptr, k_square_ptr, grad_k_ptr, grad_v_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right,
+    heads, kv_heads, q_len, k_len, head_dim, value_dim, n_blocks, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh,
+    stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_xb, stride_xh, stride_xl,
+    stride_yb, stride_yh, stride_yl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah,
     stride_nb,
     MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, SEEDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -373,10 +416,11 @@ def _keys_kernel(
     group = heads // kv_heads
     start = n_block * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    j, j_ok = n[:, None], n < k_len
+    j = n[:, None]
     b64, kv64, n64 = batch.to(tl.int64), kv_head.to(tl.int64), n.to(tl.int64)
     length = key_length(lengths_ptr, stride_nb, b64, k_len)
     offset = lower_right * (length - q_len)
+    j_ok = n < length
     seed, batch_number = 0, batch
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -406,32 +450,32 @@ def _keys_kernel(
     for step in tl.range(0, group * inner):
         head, m_block = kv_head * group + step // inner, inner_first + step % inner
         grad_k, grad_v, weights = _key_step(
-            grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square, grad_ptr, lse_ptr,
-            delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold,
-            keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb,
-            stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th,
-            stride_ab, stride_ah, False, grad_k_ptr is not None, grad_v_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT,
-            SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square,
+            grad_ptr, lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap,
+            seed, threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim,
+            value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh,
+            stride_mi, stride_mj, stride_th, stride_ab, stride_ah, False, grad_k_ptr is not None, grad_v_ptr is not
+            None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for step in tl.range(0, group * edges):
         head, edge = kv_head * group + step // edges, first + step % edges
         m_block = tl.where(edge < inner_first, edge, edge + inner)
         grad_k, grad_v, weights = _key_step(
-            grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square, grad_ptr, lse_ptr,
-            delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold,
-            keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb,
-            stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th,
-            stride_ab, stride_ah, True, grad_k_ptr is not None, grad_v_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT,
-            SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square,
+            grad_ptr, lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap,
+            seed, threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim,
+            value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh,
+            stride_mi, stride_mj, stride_th, stride_ab, stride_ah, True, grad_k_ptr is not None, grad_v_ptr is not None,
+            MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     if grad_v_ptr is not None:
         at = b64 * stride_yb + kv64 * stride_yh + n64 * stride_yl
-        inside = j_ok[:, None] & (e[None, :] < value_dim)
+        inside = (n < k_len)[:, None] & (e[None, :] < value_dim)
         tl.store(grad_v_ptr + at[:, None] + e[None, :], narrow(grad_v, grad_v_ptr.dtype.element_ty), mask=inside)
     if grad_k_ptr is not None:
         grad_k = _finish(grad_k, wide(k), k_square, weights[:, None], SIMILARITY)
         at = b64 * stride_xb + kv64 * stride_xh + n64 * stride_xl
-        inside = j_ok[:, None] & (d[None, :] < head_dim)
+        inside = (n < k_len)[:, None] & (d[None, :] < head_dim)
         tl.store(grad_k_ptr + at[:, None] + d[None, :], narrow(grad_k, grad_k_ptr.dtype.element_ty), mask=inside)
 
 
@@ -482,7 +526,7 @@ def _mask_kernel(
         row = (m_tile + m_step) * BLOCK_M + tl.arange(0, BLOCK_M)
         start = (n_tile + n_step) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
-        row_ok, j_ok, row64, n64 = row < q_len, n < k_len, row.to(tl.int64), n.to(tl.int64)
+        row_ok, j_ok, row64, n64 = row < q_len, n < length, row.to(tl.int64), n.to(tl.int64)
         q_rows = b64 * stride_qb + h64 * stride_qh + row64 * stride_ql
         k_rows = b64 * stride_kb + kv64 * stride_kh + n64 * stride_kl
         q, k = tile(q_ptr, q_rows, row_ok, d, head_dim), tile(k_ptr, k_rows, j_ok, d, head_dim)
@@ -496,14 +540,12 @@ def _mask_kernel(
         if SIMILARITY != DOT and not EXACT:
             q_square = tl.load(q_square_ptr + stats, mask=row_ok, other=0.0)[:, None]
             k_square = tl.load(k_square_ptr + (b64 * kv_heads + kv64) * k_len + n, mask=j_ok, other=0.0)[None, :]
-        mask_offsets = (
-            b64 * stride_mb + h64 * stride_mh + row64[:, None] * stride_mi + n64[None, :] * stride_mj
-        )
+        mask_offsets = b64 * stride_mb + h64 * stride_mh + row64[:, None] * stride_mi + n64[None, :] * stride_mj
         ds, _, _, _ = _score_gradients(
-            q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows,
-            (row + offset)[:, None], n[None, :], row * 0 + head, row, lse, delta, q_square, k_square, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, seed,
-            threshold, keep_scale, batch_number, start, head_dim, value_dim, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT,
-            False, PRECISION, BLOCK_N,
+            q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, (row +
+            offset)[:, None], n[None, :], row * 0 + head, row, lse, delta, q_square, k_square, length, left, right,
+            factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold, keep_scale, batch_number, start, head_dim,
+            value_dim, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION, BLOCK_N,
         )  # fmt: skip
         acc += ds
     m, n = m_tile * BLOCK_M + tl.arange(0, BLOCK_M), n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -533,7 +575,7 @@ def attention_bwd(
         for bit, t in enumerate(leaves)
     ]
     x = Inputs.of(*args)
-    batch, heads, kv_heads, q_len, k_len, head_dim, value_dim = x.sizes
+    _, heads, _, q_len, _, _, value_dim = x.sizes
     if not lse.numel():
         return tuple(f.zero_() for f in found)
     grad_out, out = (flat(t) for t in (grad_out, out))
@@ -550,7 +592,7 @@ def _backward(
     x: Inputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, found: list[Tensor], wanted: int,
     mask: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    batch, heads, kv_heads, q_len, k_len, head_dim, value_dim = x.sizes
+    batch, heads, kv_heads, q_len, k_len, _, value_dim = x.sizes
     want = [bool(wanted >> bit & 1) for bit in range(7)]
     keep, move, warps, stages = tiles(BACKWARD, x)
     options = {**x.flags, "num_warps": warps, "num_stages": stages}
@@ -562,12 +604,12 @@ def _backward(
     block_r = max(4096 // x.flags["BLOCK_V"], 1)
     launch(
         _rows_kernel, triton.cdiv(rows, block_r), lse, grad_out, grad_lse, out, lse, x.sinks, delta, sinks, rows, heads,
-        q_len, value_dim, *grad_out.stride(), *out.stride()[:3], *(grad_lse.stride() if grad_lse is not None else (0, 0, 0)),
-        x.sinks.stride(0) if x.sinks is not None else 0, BLOCK_R=block_r, BLOCK_V=x.flags["BLOCK_V"],
+        q_len, value_dim, *grad_out.stride(), *out.stride()[:3], *(grad_lse.stride() if grad_lse is not None else (0, 0,
+        0)), x.sinks.stride(0) if x.sinks is not None else 0, BLOCK_R=block_r, BLOCK_V=x.flags["BLOCK_V"],
     )  # fmt: skip
     pointers = (
-        grad_out, lse, delta, x.query, x.key, x.value, x.mask, x.temperature, x.slopes, x.lengths, x.seed, x.query_squares,
-        x.key_squares,
+        grad_out, lse, delta, x.query, x.key, x.value, x.mask, x.temperature, x.slopes, x.lengths, x.seed,
+        x.query_squares, x.key_squares,
     )  # fmt: skip
     numbers = (x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right, int(x.lower_right), *x.sizes[1:])
     strides = tuple(n for t in (grad_out, x.query, x.key, x.value) for n in t.stride()[:3])
@@ -602,7 +644,7 @@ def _mask_gradient(
     x: Inputs, mask: Tensor, out: Tensor, pointers: tuple[Any, ...], numbers: tuple[Any, ...], strides: tuple[int, ...],
     block: tuple[int, int], options: dict[str, Any],
 ) -> None:  # fmt: skip
-    batch, heads, _, q_len, k_len, _, _ = x.sizes
+    batch, heads = x.sizes[:2]
     lead, own = mask.shape[:-3], mask.shape[-3:]
     # A mask shared by some of several leading dims: one gradient for each batch entry, summed afterwards.
     own_batch = 1 if lead.numel() == 1 else batch

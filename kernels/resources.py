@@ -74,8 +74,8 @@ def attention_arguments(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Those of `mmkern::attention_fwd` for two sequences."""
     q, k, v = (empty(2, n, length, head_dim, dtype=dtype) for n, length in ((heads, q_len), *[(kv_heads, k_len)] * 2))
-    return (q, k, v, mask, dropout_p, causal, 0.125, similarity, temperature, -1, -1, softcap, slopes, None, None, False,
-            seed)  # fmt: skip
+    score = (causal, 0.125, similarity, temperature, -1, -1, softcap, slopes, None, None, False)
+    return q, k, v, mask, dropout_p, *score, seed
 
 
 def _forward(dtype: torch.dtype, head_dim: int, **options: Any) -> None:
@@ -136,7 +136,7 @@ def usage(call: str, kernel: str, target: int, compiled: Any) -> Usage:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mmkern.kernels.resources", description=__doc__.split("\n")[0])
     parser.add_argument("calls", nargs="*", help="parts of names of calls, such as 'forward bf16 128' [all]")
-    parser.add_argument("--target", nargs="*", type=int, default=list(TARGETS), help="compute capabilities, 90 for sm_90")
+    parser.add_argument("--target", nargs="*", type=int, default=list(TARGETS), help="capabilities: 90 for sm_90")
     options = parser.parse_args()
     if INTERPRETED:
         sys.exit("resources: Triton is interpreting; unset TRITON_INTERPRET to compile")

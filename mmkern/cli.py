@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,7 +53,7 @@ def _names(text: str) -> list[str]:
 
 
 def _select(ops: str, dtypes: str, quick: bool, full: bool, device: str = "cpu") -> tuple[list[Case], str]:
-    if device.split(":")[0] not in ("cpu", "cuda"):
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         raise typer.BadParameter(f"--device: expected cpu or cuda, got {device!r}")
     if device != "cpu" and not torch.cuda.is_available():
         raise typer.BadParameter(f"--device {device}: torch {torch.__version__} finds no GPU here")
@@ -155,9 +156,7 @@ def _show(console: Console, found: report.Report) -> None:
 
 
 @app.command()
-def verify(
-    ops: Ops = "", dtype: Dtypes = "", quick: Quick = False, full: Full = False, device: Device = "cpu"
-) -> None:
+def verify(ops: Ops = "", dtype: Dtypes = "", quick: Quick = False, full: Full = False, device: Device = "cpu") -> None:
     """Hold every case against float64, without timing; exit status 1 if one is wrong."""
     cases, _ = _select(ops, dtype, quick, full, device)
     console, results = _console(), list[Result]()

@@ -90,10 +90,13 @@ def check(case: Case, gradients: bool = True, layout: str = "contiguous") -> Non
         assert result.same_nonfinite, f"{name}: {result}"
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(n, (torch.bfloat16, torch.float16)[i % 2]) for i, n in enumerate(ALONE)])
+# In the interpreter a dtype each: what they share is the source, and the shapes below have all of them.
+EACH = [(n, d) for i, n in enumerate(ALONE) for d in (DTYPES if DEVICE == "cuda" else (DTYPES[i % 3],))]
+
+
+@pytest.mark.parametrize(("name", "dtype"), EACH, ids=str)
 def test_alone(name: str, dtype: torch.dtype) -> None:
-    for each in (torch.float32, dtype):
-        check(Case(*tensors(each), {"enable_gqa": True, **ALONE[name]}))
+    check(Case(*tensors(dtype), {"enable_gqa": True, **ALONE[name]}))
 
 
 # batch, heads, kv_heads, q_len, k_len, head_dim, value_dim
@@ -130,7 +133,9 @@ def qkv(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str 
 def test_shapes(shape: tuple[int, ...], causal: bool) -> None:
     dtype = torch.bfloat16 if causal and shape[4] > 1 else torch.float32  # one key: gradients are rounding
     options = {"is_causal": causal, "causal_alignment": "lower_right", "enable_gqa": True}
-    check(Case(*qkv(shape, dtype), options), gradients=shape[4] != 1)
+    if shape[5] == 0:
+        options["scale"] = 1.0
+    check(Case(*qkv(shape, dtype), options), gradients=shape[4] != 1 and shape[0] * shape[1] > 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -142,7 +147,7 @@ def test_layouts(layout: str) -> None:
 def test_five_dims(lead: tuple[int, int]) -> None:
     """Leading dims that no stride joins: keys broadcast over one of them, a mask over the other."""
     q, k, v = randn(2, 3, 4, 6, 8, seed=1), randn(*lead, 2, 7, 8, seed=2), randn(*lead, 2, 7, 5, seed=3)
-    mask = randn(2, 1, 4, 6, 1, seed=4)
+    mask = randn(2, 1, 4, 1, 7, seed=4)
     grad, results = randn(2, 3, 4, 6, 5, seed=5), []
     for dtype, device in ((torch.float64, "cpu"), (torch.float32, DEVICE)):
         leaves = [t.to(device, dtype).requires_grad_() for t in (q, k, v, mask)]
@@ -169,12 +174,14 @@ MASKS = {
 def test_masks_of_every_shape(name: str) -> None:
     options = {"attn_mask": MASKS[name], "enable_gqa": True, "is_causal": True, "dropout_p": 0.1}
     options["key_lengths"] = torch.tensor([70, 31])
-    check(Case(*tensors(torch.float32, q_len=50, k_len=70), options))
-    options["attn_mask"] = MASKS[name].bfloat16()
-    check(Case(*tensors(torch.bfloat16, q_len=50, k_len=70), options))
+    if DEVICE == "cuda" or len(name) % 2:  # in the interpreter, every other in its own dtype
+        check(Case(*tensors(torch.float32, q_len=50, k_len=70), options))
+    if DEVICE == "cuda" or not len(name) % 2:
+        options["attn_mask"] = MASKS[name].bfloat16()
+        check(Case(*tensors(torch.bfloat16, q_len=50, k_len=70), options))
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
+@settings(max_examples=100 if DEVICE == "cuda" else 10, derandomize=True, deadline=None)
 @given(cases(), st.sampled_from((0.0, 0.1, 0.5)), st.sampled_from(LAYOUTS))
 def test_combined(drawn: tuple[Case, str], dropout_p: float, layout: str) -> None:
     case = drawn[0]
@@ -200,7 +207,7 @@ def test_dropped_elements(dropout_p: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_huge(dtype: torch.dtype) -> None:
     """Scores of ten thousand, values whose sum overflows, and masks of the least finite number."""
-    q, k, v = qkv((1, 2, 2, 40, 90, 16, 16), dtype)
+    q, k, v = qkv((1, 2, 2, 40, 90, 64, 64), dtype)
     lowest = torch.zeros(40, 90).masked_fill(torch.arange(40)[:, None] % 3 == 0, torch.finfo(torch.float32).min)
     large = (v.sign() * torch.finfo(dtype).max / 128).to(dtype)
     for case in (
@@ -246,11 +253,11 @@ def test_nan(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("similarity", ["dot", "cosine", "euclidean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_padding_may_hold_anything(similarity: str, dtype: torch.dtype) -> None:
-    """NaN in padding, of lengths or of a mask, changes no result and no gradient; an empty row has gradient 0."""
-    for options in (
-        {"key_lengths": torch.tensor([0, 6], device=DEVICE)},
+    """NaN in padding changes no result and no gradient, not a bit of it with lengths; an empty row has gradient 0."""
+    for exactly, options in enumerate((
         {"attn_mask": (torch.arange(9, device=DEVICE) < torch.tensor([[0], [6]], device=DEVICE))[:, None, None]},
-    ):
+        {"key_lengths": torch.tensor([0, 6], device=DEVICE)},
+    )):  # fmt: skip
         found = []
         for fill in (0.0, math.nan):
             q, k, v = qkv((2, 2, 2, 4, 9, 8, 8), dtype)
@@ -262,7 +269,7 @@ def test_padding_may_hold_anything(similarity: str, dtype: torch.dtype) -> None:
             assert lse[0].eq(-math.inf).all()
             found.append((out, *grads))
         for padded, zeros in zip(*reversed(found), strict=True):
-            torch.testing.assert_close(padded, zeros, rtol=0, atol=0)
+            torch.testing.assert_close(padded, zeros, **({"rtol": 0, "atol": 0} if exactly else {}))
             assert padded[0].eq(0).all()
 
 
@@ -307,7 +314,7 @@ def test_refusals_say_why() -> None:
     q = torch.zeros(1, 1, 2, 8, dtype=torch.float64, device=DEVICE)
     wide = torch.zeros(1, 1, 2, 1025, device=DEVICE)
     with mmkern.backend("triton", strict=True):
-        with pytest.raises(RuntimeError, match="float32, bfloat16 and float16, not torch.float64"):
+        with pytest.raises(RuntimeError, match="float32, bfloat16 and float16, not torch"):
             attention(q, q, q)
         with pytest.raises(RuntimeError, match="head dims up to 1024, not 1025"):
             attention(wide, wide, wide)
