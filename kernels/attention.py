@@ -492,7 +492,7 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
     splits, split_len = 1, max(k_len, 1)
     if rows <= 64:
         block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
-        warps = min(warps, 4)
+        block_n, warps = min(block_n, 64), min(warps, 4)
         if k_len > SPLIT:  # by the shape of one sequence alone: the bits must not depend on who is in the batch
             splits, split_len = triton.cdiv(k_len, SPLIT), SPLIT
     parts, part_lse = out, lse

@@ -131,7 +131,7 @@ def scores(
     return s, visible, capped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def squared_norms(
     x_ptr, out_ptr, rows, heads, length, dim, stride_xb, stride_xh, stride_xl,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
