@@ -32,7 +32,7 @@ from mmkern.kernels.attention_scores import (
     tile,
 )
 from mmkern.kernels.attention_scores import exp as _exp
-from mmkern.kernels.launch import launch, pick
+from mmkern.kernels.launch import cdiv, launch, pick, power_of_2
 from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile, narrow, wide
 
 MAX_HEAD_DIM = 1024
@@ -73,7 +73,7 @@ FORWARD: Table = {
         2: {
             64: ((128, 128, 8, 3, True), (128, 64, 8, 3, True)),
             128: ((128, 128, 8, 2, True), (128, 64, 8, 3, True)),
-            256: ((64, 64, 8, 2, True), (64, 64, 8, 2, True)),
+            256: ((64, 64, 8, 2, True), (64, 32, 8, 2, True)),
             1024: _WIDE,
         },
         4: _SINGLE,
@@ -357,7 +357,7 @@ class Inputs:
             attn_mask = flat(attn_mask.expand(*lead, *attn_mask.shape[-3:])).expand(-1, *full[-3:])
         return cls(
             lead,
-            *(_last_contiguous(flat(t.expand(*lead, *t.shape[-3:]))) for t in (query, key, value)),
+            *(_last_contiguous(flat(_led(t, lead))) for t in (query, key, value)),
             attn_mask,
             temperature,
             None if alibi_slopes is None else alibi_slopes.expand(*lead, query.shape[-3]).reshape(-1, query.shape[-3]),
@@ -417,7 +417,7 @@ class Inputs:
         out = x.new_empty((batch, heads, length), dtype=torch.float32)
         rows, width = batch * heads * length, block(dim)
         launch(
-            squared_norms, triton.cdiv(rows, max(2048 // width, 1)), x, x, out, rows, heads, length, dim,
+            squared_norms, cdiv(rows, max(2048 // width, 1)), x, x, out, rows, heads, length, dim,
             *x.stride()[:3], BLOCK_R=max(2048 // width, 1), BLOCK_D=width,
         )  # fmt: skip
         return out
@@ -448,13 +448,17 @@ def flat(t: Tensor) -> Tensor:
     return t if t.dim() == 4 else t.reshape(t.shape[:-3].numel(), *t.shape[-3:])
 
 
+def _led(t: Tensor, lead: torch.Size) -> Tensor:
+    return t if t.shape[:-3] == lead else t.expand(*lead, *t.shape[-3:])
+
+
 def _last_contiguous(t: Tensor) -> Tensor:
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
 def block(width: int) -> int:
     """Power of two that holds a row; 16 is the least of a tensor core."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def tiles(table: Table, x: Inputs) -> Any:
@@ -491,10 +495,10 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
     rows = q_len * (heads // kv_heads if packed else 1)
     splits, split_len = 1, max(k_len, 1)
     if rows <= 64:
-        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
+        block_m = min(block_m, max(16, power_of_2(rows)))
         block_n, warps = min(block_n, 64), min(warps, 4)
         if k_len > SPLIT:  # by the shape of one sequence alone: the bits must not depend on who is in the batch
-            splits, split_len = triton.cdiv(k_len, SPLIT), SPLIT
+            splits, split_len = cdiv(k_len, SPLIT), SPLIT
     parts, part_lse = out, lse
     if splits > 1:
         parts = out.new_empty((splits, batch, heads, q_len, value_dim), dtype=torch.float32)
@@ -507,7 +511,7 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
             TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block_n, block(t.shape[3])])
             for t in (key, value)
         ]
-    m_blocks = triton.cdiv(rows, block_m)
+    m_blocks = cdiv(rows, block_m)
     launch(
         _attention_fwd_kernel, m_blocks * splits * batch * (kv_heads if packed else heads), x.query, x.query, key,
         value, *descriptors, parts, part_lse, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else

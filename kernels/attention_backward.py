@@ -36,7 +36,7 @@ from mmkern.kernels.attention_scores import (
     tile,
 )
 from mmkern.kernels.attention_scores import exp as _exp
-from mmkern.kernels.launch import launch
+from mmkern.kernels.launch import cdiv, launch
 from mmkern.kernels.numerics import LOG2E, dot, keep_tile, narrow, wide
 
 # As FORWARD: capability -> bytes -> head dim up to -> (plain, busy): rows that stay, rows that pass, warps, stages.
@@ -612,7 +612,7 @@ def _backward(
     rows = batch * heads * q_len
     block_r = max(4096 // x.flags["BLOCK_V"], 1)
     launch(
-        _rows_kernel, triton.cdiv(rows, block_r), lse, grad_out, grad_lse, out, lse, x.sinks, delta, sinks, rows, heads,
+        _rows_kernel, cdiv(rows, block_r), lse, grad_out, grad_lse, out, lse, x.sinks, delta, sinks, rows, heads,
         q_len, value_dim, *grad_out.stride(), *out.stride()[:3], *(grad_lse.stride() if grad_lse is not None else (0, 0,
         0)), x.sinks.stride(0) if x.sinks is not None else 0, BLOCK_R=block_r, BLOCK_V=x.flags["BLOCK_V"],
     )  # fmt: skip
@@ -625,7 +625,7 @@ def _backward(
     terms = x.terms[:-1]
     if want[0] or want[4] or want[5]:
         grad_q = flat(found[0]) if want[0] else None
-        m_blocks = triton.cdiv(q_len, keep)
+        m_blocks = cdiv(q_len, keep)
         launch(
             _queries_kernel, m_blocks * batch * heads, lse, *pointers, grad_q, temperature, slopes, *numbers, m_blocks,
             *strides, *(grad_q.stride()[:3] if grad_q is not None else (0, 0, 0)), *terms, **options, BLOCK_M=keep,
@@ -633,7 +633,7 @@ def _backward(
         )  # fmt: skip
     if want[1] or want[2]:
         grad_k, grad_v = (flat(found[i]) if want[i] else None for i in (1, 2))
-        n_blocks = triton.cdiv(k_len, keep)
+        n_blocks = cdiv(k_len, keep)
         launch(
             _keys_kernel, n_blocks * batch * kv_heads, lse, *pointers, grad_k, grad_v, *numbers, n_blocks, *strides,
             *(n for t in (grad_k, grad_v) for n in (t.stride()[:3] if t is not None else (0, 0, 0))), *terms, **options,
@@ -659,9 +659,9 @@ def _mask_gradient(
     own_batch = 1 if lead.numel() == 1 else batch
     own_heads, rows, columns = own
     pairs = (batch if own_batch == 1 else 1) * (heads if own_heads == 1 else 1)
-    n_tiles = own_batch * own_heads * triton.cdiv(rows, block[0]) * triton.cdiv(columns, block[1])
-    chunk = triton.cdiv(pairs, min(pairs, triton.cdiv(512, max(n_tiles, 1))))  # enough programs, by shape alone
-    chunks = triton.cdiv(pairs, chunk)
+    n_tiles = own_batch * own_heads * cdiv(rows, block[0]) * cdiv(columns, block[1])
+    chunk = cdiv(pairs, min(pairs, cdiv(512, max(n_tiles, 1))))  # enough programs, by shape alone
+    chunks = cdiv(pairs, chunk)
     parts = out.new_empty((chunks, own_batch, *own), dtype=torch.float32)
     launch(
         _mask_kernel, n_tiles * chunks, out, *pointers, parts, *numbers, rows, columns, own_batch, own_heads,
