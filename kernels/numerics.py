@@ -86,3 +86,23 @@ def keep_tile(seed, threshold, batch, head, i, start_j, N: tl.constexpr):
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., a, b] is word 2 a + b
     return tl.reshape(words, [i.shape[0], N]).to(tl.int64) >= threshold
+
+
+@triton.jit
+def sincos(turns, position):
+    """Sine and cosine, within 1e-7, of position * turns / 2^64 whole turns; int64 that broadcast to one shape.
+
+    The product wraps where the angle does, for any position. The nearest quarter turn comes off in integers, exactly;
+    polynomials on [-pi/4, pi/4] do the rest.
+    """
+    top = ((turns * position) >> 32).to(tl.uint32, bitcast=False)
+    quarter = (top + 0x20000000) >> 30
+    rest = (top - (quarter << 30)).to(tl.int32, bitcast=True)
+    r = rest.to(tl.float32) * 1.46291807926715968e-9  # pi/2 / 2^30
+    z = r * r
+    s = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
+    c = 1.0 + z * (-0.5 + z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)))
+    odd = (quarter & 1) == 1
+    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
+    sine = tl.where((quarter & 2) == 2, -sine, sine)
+    return sine, tl.where(((quarter + 1) & 2) == 2, -cosine, cosine)
