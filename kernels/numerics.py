@@ -89,6 +89,14 @@ def keep_tile(seed, threshold, batch, head, i, start_j, N: tl.constexpr):
 
 
 @triton.jit
+def keep_at(seed, threshold, batch, head, i, j):
+    """`keep_tile` for single elements, integers of one shape: four times the work."""
+    w0, w1, w2, w3 = philox(seed, (j // 4).to(tl.uint32), i.to(tl.uint32), head.to(tl.uint32), batch.to(tl.uint32))
+    word = tl.where(j % 4 < 2, tl.where(j % 4 == 0, w0, w1), tl.where(j % 4 == 2, w2, w3))
+    return word.to(tl.int64) >= threshold
+
+
+@triton.jit
 def sincos(turns, position):
     """Sine and cosine, within 1e-7, of position * turns / 2^64 whole turns; int64 that broadcast to one shape.
 

@@ -73,8 +73,8 @@ def _add_kernel(
             l + offset, l, l_ok, start, dim, table_ptr, table_rows, stride_tr, stride_tc, turns_ptr, KIND, BLOCK_D
         )
     zero = tl.full([], 0, tl.int64)
-    for entry in tl.range(first, tl.minimum(first + PER, entries)):
-        entry = entry + zero  # int64; the interpreter's is a plain number
+    for step in tl.range(first, tl.minimum(first + PER, entries)):
+        entry = step + zero  # int64; the interpreter's is a plain number
         b, m = entry // middle, entry % middle
         if tokens_ptr is not None:
             token = tl.load(tokens_ptr + entry * stride_ne + l * stride_nl, mask=l_ok, other=0)
@@ -117,8 +117,8 @@ def _table_gradient_kernel(
     column = start + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     zero = tl.full([], 0, tl.int64)
-    for entry in tl.range(0, entries):
-        entry = entry + zero  # int64; the interpreter's is a plain number
+    for step in tl.range(0, entries):
+        entry = step + zero  # int64; the interpreter's is a plain number
         b, m = entry // middle, entry % middle
         l = r - offset  # noqa: E741
         if offsets_ptr is not None:
