@@ -170,7 +170,7 @@ def cross_entropy_fwd(
             tensors[0] = source = input.contiguous()
             grad = tensors[1] = None if grad is None else torch.empty_like(source)
             rows = Rows(tensors, dim)
-        block_r, columns, warps = rows.blocks
+        block_r, columns, warps = rows.blocks(4 if soft else 2)
         launch(
             _cross_entropy_kernel, rows.programs(block_r), losses, source, target if not soft else labels, weight,
             None if half else divisor, losses, grad, grad_target, label_smoothing, ignore_index, *rows.shape[1:],
@@ -224,7 +224,7 @@ def _scale(grad: Tensor, out: Tensor, grad_loss: Tensor, unit: Tensor | None) ->
         return
     dim = min(1, grad.dim() - 1)
     rows = Rows([grad, out, _over_classes(grad_loss, grad.shape, dim)], dim)
-    block_r, columns, warps = rows.blocks
+    block_r, columns, warps = rows.blocks(1)
     launch(
         _scale_kernel, rows.programs(block_r), out, grad, out, grad_loss, unit, *rows.shape[1:], *rows.all_strides[:-1],
         ROWS=block_r, COLUMNS=columns, num_warps=warps,

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkern.kernels import attention, attention_backward
+from mmkern.kernels import attention, attention_backward, loss, position, rotary, softmax
 from mmkern.kernels.launch import compiling
 from mmkern.kernels.numerics import INTERPRETED
 
@@ -91,6 +92,64 @@ def _backward(dtype: torch.dtype, head_dim: int, **options: Any) -> None:
     attention_backward.attention_bwd(out, None, out, empty(*query.shape[:3], dtype=torch.float32), *args, wanted)
 
 
+def _softmax(width: int, dim: int, dtype: torch.dtype) -> None:
+    x = empty(512, width, dtype=dtype) if dim else empty(width, 512, dtype=dtype)
+    for forward, backward in (
+        (softmax.softmax_fwd, softmax.softmax_bwd),
+        (softmax.log_softmax_fwd, softmax.log_softmax_bwd),
+    ):
+        forward(x, dim)
+        backward(x, x, dim)
+
+
+def _masked_softmax(width: int, dtype: torch.dtype) -> None:
+    x, mask, bias = (
+        empty(2, 8, 64, width, dtype=dtype),
+        empty(2, 1, 1, width, dtype=torch.bool),
+        empty(8, 64, width, dtype=dtype),
+    )
+    seed = empty(1, dtype=torch.int64)
+    softmax.masked_softmax_fwd(x, mask, 0.5, bias, 3, 0.1, seed)
+    softmax.masked_softmax_bwd(x, None, x, mask, 0.5, bias, 3, 0.1, seed, 1)
+    softmax.masked_softmax_bwd(x, x, None, mask, 0.5, bias, 3, 0.0, None, 1)
+
+
+def _cross_entropy(width: int, dtype: torch.dtype) -> None:
+    x, weight = empty(512, width, dtype=dtype), empty(width, dtype=dtype)
+    loss.cross_entropy_fwd(x, empty(512, dtype=torch.int64), None, -100, 1, 0.0, False, 1)
+    loss.cross_entropy_fwd(x, empty(512, dtype=torch.int64), weight, -100, 1, 0.1, False, 1)
+    loss.cross_entropy_fwd(x, x, weight, -100, 1, 0.1, False, 3)
+    loss.cross_entropy_bwd_(x, empty(512, dtype=torch.float32), None)
+
+
+def _position(dtype: torch.dtype) -> None:
+    x, seed = empty(4, 9, 1024, 768, dtype=dtype), empty(1, dtype=torch.int64)
+    for encoding in ("none", "sinusoidal", "scalar", "sincos2d"):
+        position.add_positional_encoding_fwd(x, encoding, None, 0, None, 1.0, 0.0, None)
+    position.add_positional_encoding_fwd(x, "sinusoidal", None, 0, empty(4, dtype=torch.int64), 2.0, 0.1, seed)
+    table, tokens = empty(2048, 768, dtype=dtype), empty(4, 1024, dtype=torch.int64)
+    position.embed_tokens_fwd(tokens, empty(32000, 768, dtype=dtype), "table", table, 3, None, 2.0, 0.1, None, seed)
+    position.position_table_bwd(x, 2048, 3, None, 0.1, seed)
+    position.embed_tokens_bwd(empty(4, 1024, 768, dtype=dtype), tokens, 32000, 2.0, 0.1, 0, seed)
+
+
+def _rotary(dtype: torch.dtype) -> None:
+    q, k = empty(2, 32, 1024, 128, dtype=dtype), empty(2, 8, 1024, 128, dtype=dtype)
+    for pairs in ("half", "interleaved"):
+        rotary.rotary_qk_fwd(q, k, None, 1e4, pairs, 128, None, False)
+        rotary.rotary_fwd(q, empty(2, 1024, dtype=torch.int64), 1e4, pairs, 64, [32, 32], True)
+
+
+ROW_CALLS: dict[str, Callable[[torch.dtype], None]] = {
+    **{f"softmax {width}": partial(_softmax, width, 1) for width in (64, 1024, 4096, 8192, 32768, 131072)},
+    "softmax across 1024": partial(_softmax, 1024, 0),
+    **{f"masked softmax {width}": partial(_masked_softmax, width) for width in (64, 4096, 131072)},
+    **{f"cross entropy {width}": partial(_cross_entropy, width) for width in (1000, 32000, 128256)},
+    "position": _position,
+    "rotary": _rotary,
+}
+
+
 def calls() -> dict[str, Callable[[], None]]:
     """Name -> a launcher on tensors without memory; each row of each launch table is among them."""
     found: dict[str, Callable[[], None]] = {}
@@ -100,6 +159,7 @@ def calls() -> dict[str, Callable[[], None]]:
                 for way, call in (("forward", _forward), ("backward", _backward)):
                     title = f"attention {way} {name} {head_dim}{feature}"
                     found[title] = lambda call=call, d=dtype, n=head_dim, o=options: call(d, n, **o(d))  # type: ignore[misc]
+        found |= {f"{title} {name}": partial(call, dtype) for title, call in ROW_CALLS.items()}
         decode = {"q_len": 1, "k_len": 4096, "heads": 32, "kv_heads": 8}
         found[f"attention decode {name} 128"] = lambda d=dtype, o=decode: _forward(d, 128, **o)  # type: ignore[misc]
     return found
@@ -128,9 +188,11 @@ def usage(call: str, kernel: str, target: int, compiled: Any) -> Usage:
 
         resources = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("--dump-resource-usage"))
         assert resources, "cuobjdump: no resource usage in the binary"
-        instructions = re.findall(rf"\b({'|'.join(MATRIX)})\b", cuobjdump("-sass"))
+        sass = cuobjdump("-sass")
+        instructions = re.findall(rf"\b({'|'.join(MATRIX)})\b", sass)
+        spills = int(resources[2]) if re.search(r"\bSTL\b", sass) else 0  # a frame that nothing is stored to is none
     counts = {name: instructions.count(name) for name in MATRIX if name in instructions}
-    return Usage(call, kernel, target, int(resources[1]), int(resources[2]), compiled.metadata.shared, counts)
+    return Usage(call, kernel, target, int(resources[1]), spills, compiled.metadata.shared, counts)
 
 
 def main() -> None:

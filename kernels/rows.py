@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkern.kernels.launch import cdiv, power_of_2
 
-# A row of up to so many elements stays on chip: with 32 warps, 32 registers a thread.
+# A row of up to so many elements stays on chip: with 32 warps, 32 registers of the 64 that a thread has.
 ON_CHIP = 32768
 # elements of a block up to -> warps
 WARPS = {1024: 2, 4096: 4, 8192: 8, 16384: 16, 1 << 30: 32}
@@ -54,15 +54,15 @@ class Rows:
     def all_strides(self) -> list[int]:
         return [step for strides in self.strides for step in strides]
 
-    @property
-    def blocks(self) -> tuple[int, int, int]:
-        """Rows of a program, columns at a time, warps."""
-        columns = max(16, power_of_2(self.width)) if self.width <= ON_CHIP else CHUNK
+    def blocks(self, tensors: int) -> tuple[int, int, int]:
+        """Rows of a program, columns at a time, warps, where blocks of so many tensors are held at once."""
+        most = ON_CHIP // power_of_2(tensors)
+        columns = max(16, power_of_2(self.width)) if self.width <= most else CHUNK
         # Where the reduced dim is not the contiguous one, neighbours in memory are rows.
         across = self.strides[0][-1] != 1 and self.shape[3] > 1
         rows = max(32 if across else 1, 2048 // columns)
-        rows = min(rows, power_of_2(self.shape[3]), max(ON_CHIP // columns, 1))
-        return rows, columns, next(warps for most, warps in WARPS.items() if rows * columns <= most)
+        rows = min(rows, power_of_2(self.shape[3]), max(most // columns, 1))
+        return rows, columns, next(warps for size, warps in WARPS.items() if rows * columns <= size)
 
     def programs(self, rows: int) -> int:
         n0, n1, n2, inner, _ = self.shape

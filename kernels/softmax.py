@@ -198,7 +198,7 @@ def _run(kernel: object, tensors: list[Tensor], dim: int, log: bool) -> None:
     if not tensors[-1].numel():
         return
     given, rows = collapsed(list(tensors), dim)
-    block_r, columns, warps = rows.blocks
+    block_r, columns, warps = rows.blocks(len(given) - 1)
     launch(
         kernel, rows.programs(block_r), tensors[-1], *given, *rows.shape[1:], *rows.all_strides,
         LOG=log, ROWS=block_r, COLUMNS=columns, ON_CHIP=columns >= rows.width, num_warps=warps,
@@ -273,7 +273,7 @@ def _masked(
         return
     (term, kind), (added, added_kind) = _term(mask, out), _term(bias, out)
     (x, _, term, added, grad_), rows = collapsed([out if x is None else x, out, term, added, grad], dim)
-    block_r, columns, warps = rows.blocks
+    block_r, columns, warps = rows.blocks(2)
     shape = (1,) * max(0, 3 - out.dim()) + tuple(out.shape)
     keep_scale = 1.0 if seed is None else 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
     launch(
