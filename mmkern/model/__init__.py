@@ -1,0 +1,1 @@
+"""The thin multimodal encoder-decoder: text and images in, text and classes out."""
