@@ -281,9 +281,7 @@ def _merge_kernel(
         weight = tl.exp2((tl.load(part_lse_ptr + s * rows + row, mask=s < splits, other=-float("inf")) - base) * LOG2E)
         total += tl.sum(weight, 0)
         ok = (s < splits)[:, None] & (columns < value_dim)[None, :]
-        values = tl.load(
-            parts_ptr + s.to(tl.int64)[:, None] * stride_ps + row * value_dim + columns[None, :], mask=ok, other=0.0
-        )
+        values = tl.load(parts_ptr + s.to(tl.int64)[:, None] * stride_ps + row * value_dim + columns[None, :], mask=ok, other=0.0)
         # An infinite value counts however small its weight is.
         acc += tl.sum(tl.where(tl.abs(values) < float("inf"), weight[:, None] * values, values), 0)
     empty = total == 0.0

@@ -512,7 +512,9 @@ def _mask_kernel(
         if SIMILARITY != DOT and not EXACT:
             q_square = tl.load(q_square_ptr + stats, mask=row_ok, other=0.0)[:, None]
             k_square = tl.load(k_square_ptr + (b64 * kv_heads + kv64) * k_len + n, mask=j_ok, other=0.0)[None, :]
-        mask_offsets = b64 * stride_mb + h64 * stride_mh + row64[:, None] * stride_mi + n64[None, :] * stride_mj
+        mask_offsets = (
+            b64 * stride_mb + h64 * stride_mh + row64[:, None] * stride_mi + n64[None, :] * stride_mj
+        )
         ds, _, _, _ = _score_gradients(
             q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, (row + offset)[:, None], n[None, :], row * 0 + head,
             row, lse, delta, q_square, k_square, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, seed,

@@ -152,9 +152,13 @@ def query_key(
     """q k^T (M, N), or k q^T (N, M) where TRANSPOSED, from tiles (M, D) and (N, D); squared distances where EXACT."""
     if EXACT:
         if TRANSPOSED:
-            return distances(q_ptr, q_rows[None, :], q_ok[None, :], k_ptr, k_rows[:, None], k_ok[:, None], head_dim)
+            return distances(
+                q_ptr, q_rows[None, :], q_ok[None, :], k_ptr, k_rows[:, None], k_ok[:, None], head_dim
+            )
         else:
-            return distances(q_ptr, q_rows[:, None], q_ok[:, None], k_ptr, k_rows[None, :], k_ok[None, :], head_dim)
+            return distances(
+                q_ptr, q_rows[:, None], q_ok[:, None], k_ptr, k_rows[None, :], k_ok[None, :], head_dim
+            )
     elif TRANSPOSED:
         return dot(k, tl.trans(q), tl.zeros([k.shape[0], q.shape[0]], tl.float32), PRECISION)
     else:
