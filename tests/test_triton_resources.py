@@ -42,6 +42,19 @@ for usage in measure({target}, {calls}):
             assert instruction in matrix, line
 
 
+@pytest.mark.parametrize(("target", "dtype"), [(80, "bf16"), (100, "f32")])
+def test_row_kernels_stay_in_registers(target, dtype):
+    calls = [f"{name} {dtype}" for name in ("softmax 1024", "softmax 131072", "position", "rotary")]
+    found = fresh(f"""
+from mmkern.kernels.resources import measure
+for usage in measure({target}, {calls}):
+    assert usage.spills == 0, usage
+    print(usage.kernel)
+""")
+    kernels = {"softmax", "softmax_bwd", "masked", "add", "table_gradient", "embedding_gradient", "rotary"}
+    assert kernels <= set(found.split())
+
+
 def test_lengths_do_not_compile_again():
     found = fresh("""
 import torch
