@@ -121,7 +121,7 @@ class Op:
         torch.library.register_fake(f"mmkern::{self.name}", fake, lib=_library)
         self.triton = triton
         if triton:
-            _library.impl(self.name, self._launch, "CUDA")
+            _library.impl(self.name, lambda *args: self._launch(*args), "CUDA")
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
         # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
         types = [str(argument.type) for argument in self._dispatch._schema.arguments]
