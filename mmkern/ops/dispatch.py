@@ -121,7 +121,7 @@ class Op:
         torch.library.register_fake(f"mmkern::{self.name}", fake, lib=_library)
         self.triton = triton
         if triton:
-            _library.impl(self.name, lambda *args: self._launch(*args), "CUDA")
+            _library.impl(self.name, self._on_cuda, "CUDA")
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
         # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
         types = [str(argument.type) for argument in self._dispatch._schema.arguments]
@@ -148,6 +148,9 @@ class Op:
     def direct(self, *args: Any) -> Any:
         """The kernel of the tensors' device, all of its outputs, no autograd: for ops made of others."""
         return self._launch(*args) if _state.interpreting else self._dispatch(*args)
+
+    def _on_cuda(self, *args: Any) -> Any:
+        return self._launch(*args)
 
     def _launch(self, *args: Any) -> Any:
         """The Triton kernel, imported when first needed."""
