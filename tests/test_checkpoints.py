@@ -255,7 +255,7 @@ def test_a_restored_optimizer_takes_the_same_steps(kind):
         steps(weights, optimizer, 3)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(CheckpointError, match="optimizer: 3.step belongs to none of 3 parameters"):
+    with pytest.raises(CheckpointError, match=r"optimizer: 3.step belongs to none of 3 parameters"):
         checkpoints.restore_optimizer(two, {"3.step": torch.tensor(1.0)})
     with pytest.raises(CheckpointError, match=r"optimizer: 0.exp_avg is \(7,\), its parameter \(3, 2\)"):
         checkpoints.restore_optimizer(two, {"0.exp_avg": torch.zeros(7)})

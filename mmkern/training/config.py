@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
@@ -35,15 +35,14 @@ class _ModelSection(_Section):
 
 
 _HINTS = get_type_hints(ModelConfig)
-ModelSection = create_model(
-    "ModelSection",
-    __base__=_ModelSection,
-    **{  # type: ignore[call-overload]
-        f.name: (_HINTS[f.name], f.default if f.default is not MISSING else ...)
-        for f in fields(ModelConfig)
-        if f.name not in _FROM_DATA
-    },
-)
+if TYPE_CHECKING:
+    ModelSection: TypeAlias = Any
+else:
+    ModelSection = create_model(
+        "ModelSection",
+        __base__=_ModelSection,
+        **{f.name: (_HINTS[f.name], f.default) for f in fields(ModelConfig) if f.name not in _FROM_DATA},
+    )
 
 
 class DataConfig(_Section):
@@ -51,48 +50,48 @@ class DataConfig(_Section):
 
     source: str = "emoji"  # or a folder of pictures with a CSV or JSONL of texts and labels
     tasks: list[str] = ["name", "category", "fits"]  # of "emoji"
-    vocabulary: int = Field(1024, ge=259)  # tokens of the byte-level BPE
+    vocabulary: int = Field(default=1024, ge=259)  # tokens of the byte-level BPE
     word_vectors: Path | None = None  # GloVe text, word2vec, or .npy with a vocabulary beside it
     augment: bool = True  # crop, shift, colour jitter and occlusion of pictures
-    token_dropout: float = Field(0.0, ge=0, lt=1)  # of prompts
+    token_dropout: float = Field(default=0.0, ge=0, lt=1)  # of prompts
     seed: int = 0  # of the split
-    limit: int = Field(0, ge=0)  # samples of the training split; 0: all
-    workers: int = Field(1, ge=0)  # processes that load ahead; 0: none
+    limit: int = Field(default=0, ge=0)  # samples of the training split; 0: all
+    workers: int = Field(default=1, ge=0)  # processes that load ahead; 0: none
 
 
 class TrainingConfig(_Section):
     """How it is learned."""
 
-    steps: int = Field(1500, ge=1)
-    batch_size: int = Field(64, ge=1)  # over all processes
+    steps: int = Field(default=1500, ge=1)
+    batch_size: int = Field(default=64, ge=1)  # over all processes
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
+    learning_rate: float = Field(default=1e-3, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd
     betas: tuple[float, float] = (0.9, 0.98)  # of adam and adamw
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, ge=0)  # norm of the gradient; 0: as it is
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, ge=0)  # norm of the gradient; 0: as it is
     schedule: Literal["constant", "step", "cosine", "linear", "plateau"] = "cosine"
-    warmup: int = Field(100, ge=0)  # steps
-    decay_every: int = Field(500, ge=1)  # steps, of the schedule step
-    decay: float = Field(0.1, gt=0, le=1)  # of the schedules step and plateau
-    floor: float = Field(0.02, ge=0, le=1)  # of cosine and linear: share of the learning rate at the end
-    patience: int = Field(2, ge=0)  # evaluations without a better score before the schedule plateau decays
-    stop_after: int = Field(0, ge=0)  # evaluations without a better score before training stops; 0: never
+    warmup: int = Field(default=100, ge=0)  # steps
+    decay_every: int = Field(default=500, ge=1)  # steps, of the schedule step
+    decay: float = Field(default=0.1, gt=0, le=1)  # of the schedules step and plateau
+    floor: float = Field(default=0.02, ge=0, le=1)  # of cosine and linear: share of the learning rate at the end
+    patience: int = Field(default=2, ge=0)  # evaluations without a better score before the schedule plateau decays
+    stop_after: int = Field(default=0, ge=0)  # evaluations without a better score before training stops; 0: never
     weights: dict[Literal["text", "class", "image", "distill"], float] = {}  # of the losses; 1 unless given
     teacher: Path | None = None  # run folder of a model whose answers are learned too
-    temperature: float = Field(2.0, gt=0)  # of teacher and student
-    evaluate_every: int = Field(250, ge=1)  # steps
-    checkpoint_every: int = Field(250, ge=1)  # steps
-    evaluation_samples: int = Field(512, ge=1)  # of the validation split, at most
+    temperature: float = Field(default=2.0, gt=0)  # of teacher and student
+    evaluate_every: int = Field(default=250, ge=1)  # steps
+    checkpoint_every: int = Field(default=250, ge=1)  # steps
+    evaluation_samples: int = Field(default=512, ge=1)  # of the validation split, at most
 
 
 class RunConfig(_Section):
     """A whole run."""
 
-    model: ModelSection = ModelSection()  # type: ignore[valid-type]
+    model: ModelSection = ModelSection()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 
