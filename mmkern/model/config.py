@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,13 @@ class ModelConfig:
         mlp_ratio: hidden channels of an MLP over width.
         block: "transformer" (attention and MLP), or "mlp": hidden = MLP(input + positions),
             output = MLP(hidden + positions).
-        similarity: "dot", "cosine" (with a learned temperature), "euclidean" or "squared_euclidean".
-        encoding: positions: "sinusoidal", "scalar", "learned", "rotary", "alibi" or "none".
+        similarity: of attention: "dot", "cosine" (with a learned temperature), "euclidean" or "squared_euclidean".
+        encoding: positions: "sinusoidal", "scalar", "learned", "none", or of attention: "rotary", "alibi".
         image_size: height and width of pictures; 0: the model takes none.
         image_stem: "conv" (convolutions and pooling), "patch", or a transformers model type, such as "resnet".
         image_weights: folder with local weights of that transformers model; None: from its configuration, untrained.
+        image_backbone: configuration of that transformers model. A model fills it in in its own config, so that a
+            checkpoint is loaded without image_weights; where it is given, image_weights are not read.
         image_embedding: channels of an image embedding to be regressed (a teacher's, say); 0: none.
         patch_size: side of a picture's patch with "patch".
         word_vector_dim: channels of word vectors that are projected to width; 0: an embedding of width itself.
@@ -54,6 +57,7 @@ class ModelConfig:
     image_size: int = 72
     image_stem: str = "conv"
     image_weights: str | None = None
+    image_backbone: dict[str, Any] | None = None
     image_embedding: int = 0
     patch_size: int = 12
     word_vector_dim: int = 0
@@ -78,6 +82,10 @@ class ModelConfig:
             raise ValueError(f"width: expected a multiple of 4 and of heads = {self.heads}, got {self.width}")
         if self.encoding == "rotary" and self.width // self.heads % 2:
             raise ValueError(f"heads: rotary needs an even width / heads, got {self.width} / {self.heads}")
+        if self.block == "mlp" and (self.encoding in ("rotary", "alibi") or self.similarity != "dot"):
+            raise ValueError(
+                f"block: 'mlp' has no attention for encoding {self.encoding!r} with similarity {self.similarity!r}"
+            )
         if not self.mlp_ratio * self.width >= 1:
             raise ValueError(f"mlp_ratio: expected at least one hidden channel, got {self.mlp_ratio}")
         if not 0.0 <= self.dropout < 1.0:

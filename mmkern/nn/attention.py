@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmkern
-from mmkern.nn.attention_weights import attention_weights
+from mmkern.nn.maps import attention_weights
 
 
 class KVCache:

@@ -42,6 +42,16 @@ def _refuse_cpu(query: Tensor, *_: object) -> str | None:
     return None
 
 
+def _refuse_triton(query: Tensor, key: Tensor, value: Tensor, *_: object) -> str | None:
+    if query.dtype not in KERNEL_DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {query.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > 1024:
+        return f"head dims up to 1024, not {max(query.shape[-1], value.shape[-1])}"
+    if query.dtype == torch.bfloat16 and query.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16 needs compute capability 8.0 or higher"
+    return None
+
+
 # query, key, value, attn_mask, temperature, alibi_slopes, sinks: what may have a gradient
 _LEAVES = (0, 1, 2, 3, 8, 12, 14)
 _SCHEMA = (
@@ -78,12 +88,19 @@ def _refuse_cpu_backward(
     return _refuse_cpu(query)
 
 
+def _refuse_triton_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *rest: Any
+) -> str | None:
+    return _refuse_triton(query, *rest)
+
+
 _attention_backward = Op(
     "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " + _SCHEMA + ", int wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,
-    kernels={"cpu": _refuse_cpu_backward},
+    kernels={"cpu": _refuse_cpu_backward, "triton": _refuse_triton_backward},
+    triton="attention_backward.attention_bwd",
     backward=lambda grads, args, outputs, wanted: reference.attention_backward_gradients(grads, args, wanted),
     save=lambda args, outputs: (args, ()),
 )
@@ -105,8 +122,9 @@ _attention = Op(
     f"attention_fwd({_SCHEMA}) -> (Tensor, Tensor)",
     reference=reference.attention,
     fake=_fake,
-    kernels={"cpu": _refuse_cpu},
+    kernels={"cpu": _refuse_cpu, "triton": _refuse_triton},
     backward=_backward,
+    triton="attention.attention_fwd",
 )
 
 

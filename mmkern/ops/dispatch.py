@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any
 
@@ -60,6 +62,7 @@ class _State:
 
     forced: str | None = None
     strict: bool = False
+    interpreting: bool = False  # "triton" is forced and Triton runs its kernels in its interpreter, on any device
     record: list[Choice] | None = None
     in_use: bool = False  # forced or record is set: one look per call instead of two
 
@@ -84,6 +87,7 @@ class Op:
         fake: output shapes, dtypes and strides for tracing.
         kernels: backend name -> function of the schema's arguments that returns None where that backend's
             kernel can run the call, or the reason why not. Whether the tensors are on its device is checked here.
+        triton: "file.function" of the launcher in mmkern.kernels, which takes the schema's arguments; "" if none.
         backward: gradients of the kernel's outputs, None where one got none; the schema's arguments; the outputs;
             and for each argument whether its gradient is wanted -> one gradient (or None) for each argument. It
             calls another Op, whose reference formula gives second derivatives. Without it, the reference formula
@@ -103,6 +107,7 @@ class Op:
         backward: Backward | None = None,
         save: Callable[[Values, Values], tuple[Values, Values]] = lambda args, outputs: (args, outputs),
         hidden: bool = False,
+        triton: str = "",
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.reference = reference
@@ -113,6 +118,9 @@ class Op:
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mmkern::{self.name}", fake, lib=_library)
+        self.triton = triton
+        if triton:
+            _library.impl(self.name, self._launch, "CUDA")
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
         # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
         types = [str(argument.type) for argument in self._dispatch._schema.arguments]
@@ -130,11 +138,18 @@ class Op:
             kernel = self._dispatch if self._cpu_refuses(*args) is None else self.reference
         else:
             kernel = self._choose(args)
-        if wants_grad and kernel is self._dispatch and torch.is_grad_enabled():
+        if wants_grad and kernel is not self.reference and torch.is_grad_enabled():
             if torch.compiler.is_compiling():  # tracing refuses one tensor as two inputs: query is key, say
                 args = tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
             return _Differentiable.apply(self, *args)
         return kernel(*args)[0] if self.hidden else kernel(*args)
+
+    def _launch(self, *args: Any) -> Any:
+        """The Triton kernel, imported when first needed."""
+        module, function = self.triton.split(".")
+        launcher = getattr(import_module(f"mmkern.kernels.{module}"), function)
+        self._launch = launcher  # type: ignore[method-assign]
+        return launcher(*args)
 
     def _choose(self, args: Sequence[Any]) -> Callable[..., Any]:
         devices = {args[i].device.type for i in self._tensors if args[i] is not None}
@@ -151,18 +166,40 @@ class Op:
             detail = _C.isa() if ran == "cpu" and _C else ""
             refused = {name: reasons.get(name, f"{ran} goes first") for name in BACKENDS[:-1] if name != ran}
             _state.record.append(Choice(self.name, ran, detail, refused))
-        return self.reference if ran == "reference" else self._dispatch
+        if ran == "reference":
+            return self.reference
+        return self._launch if _state.interpreting else self._dispatch
 
     def _refusal(self, name: str, devices: set[str], args: Sequence[Any]) -> str | None:
         if name not in self.kernels:
             return "no kernel for this op"
-        if devices != {_DEVICE[name]}:
+        if devices != {_DEVICE[name]} and not (name == "triton" and _state.interpreting):
             return f"tensors are on {' and '.join(sorted(devices))}"
         if name == "cpu" and _C is None:
             return _not_built
+        if name == "triton" and (reason := _without_triton()):
+            return reason
         if _transformed():
             return "inside forward-mode AD or a torch.func transform"
         return self.kernels[name](*args)
+
+
+def _interprets() -> bool:
+    return bool(import_module("triton").knobs.runtime.interpret)
+
+
+@cache
+def _without_triton() -> str | None:
+    """Why Triton kernels cannot run in this process, if they cannot."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "Triton is not installed: pip install 'mmkern[triton]'"
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return f"needs Triton >= 3.6, found {version}"
+    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (7, 5):
+        return "needs compute capability 7.5 or higher"
+    return None
 
 
 def _transformed() -> bool:
@@ -176,7 +213,7 @@ class _Differentiable(torch.autograd.Function):
     # Without setup_context, for which torch would inspect the signature at every call: 30 us.
     @staticmethod
     def forward(ctx: Any, op: Op, *args: Any) -> Any:
-        output = op._dispatch(*args)
+        output = op._launch(*args) if _state.interpreting else op._dispatch(*args)
         kept: Values = args
         outputs: Values = ()
         if op.backward is not None:
@@ -210,6 +247,7 @@ def backend(name: str, *, strict: bool = False, isa: str | None = None) -> Itera
     """Force ops onto one backend within a `with` block.
 
     Process-wide, like torch's own backend flags: calls of other threads are forced too while the block runs.
+    "triton" takes tensors on the CPU, too, where Triton interprets its kernels (TRITON_INTERPRET=1): slowly.
 
     Args:
         name: "cpu", "cuda", "triton" or "reference".
@@ -232,7 +270,8 @@ def backend(name: str, *, strict: bool = False, isa: str | None = None) -> Itera
     isa_before = _C.isa() if _C else None
     if _C and isa is not None:
         _C.set_isa(isa)
-    before = _state.update(forced=name, strict=strict)
+    interpreting = name == "triton" and _without_triton() is None and _interprets()
+    before = _state.update(forced=name, strict=strict, interpreting=interpreting)
     try:
         yield
     finally:

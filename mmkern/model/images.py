@@ -1,0 +1,105 @@
+"""From pictures to tokens: convolutions and pooling, patches, or a backbone of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkern.model.config import ModelConfig
+
+# Mean and deviation of a channel in [0, 1]; the first is what weights trained on ImageNet expect.
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PLAIN = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+class ImageStem(nn.Module):
+    """Pictures to grids of features: (B, 3, side, side) in [0, 1] -> (B, height, width, config.width).
+
+    `backbone` holds the transformers configuration that was used, as a dict; None for the stems of this file.
+
+    Raises:
+        ValueError: a picture cannot be cut into patches, or config.image_stem is neither known here nor a backbone.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone: dict[str, Any] | None = None
+        statistics = _PLAIN
+        if config.image_stem == "conv":
+            self.features: nn.Module = conv_stem(config.width)
+        elif config.image_stem == "patch":
+            if config.image_size % config.patch_size:
+                raise ValueError(
+                    f"patch_size: expected a divisor of image_size = {config.image_size}, got {config.patch_size}"
+                )
+            self.features = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        else:
+            self.features, statistics = Backbone(config), _IMAGENET
+            self.backbone = self.features.settings
+        for name, values in zip(("mean", "deviation"), statistics, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.features((images - self.mean) / self.deviation)  # (B, W, height, width)
+        return features.permute(0, 2, 3, 1)
+
+
+def conv_stem(width: int) -> nn.Sequential:
+    """Four halvings and then a projection: (B, 3, 72, 72) -> (B, width, 5, 5).
+
+    GroupNorm, so that a picture's tokens do not depend on the pictures beside it.
+    """
+    channels = [max(8, width // 4), max(8, width // 2), width]
+    layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 5, stride=2, padding=2)]
+    for i, wide in enumerate(channels):
+        if i:
+            layers.append(nn.Conv2d(channels[i - 1], wide, 3, padding=1))
+        layers += [nn.GroupNorm(1, wide), nn.GELU(), nn.MaxPool2d(2, ceil_mode=True)]
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+
+
+class Backbone(nn.Module):
+    """A backbone of transformers by its model type, and a projection to config.width.
+
+    Built from config.image_backbone (its own configuration, as a checkpoint keeps it), else with the weights in the
+    folder config.image_weights, else from its default configuration. Nothing is downloaded.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        try:
+            from transformers import AutoBackbone, AutoConfig
+        except ImportError:
+            raise ImportError(
+                f"image_stem: {config.image_stem!r} needs transformers: pip install 'mmkern[transformers]'"
+            ) from None
+        weights = config.image_weights if config.image_backbone is None else None
+        if weights is not None and not Path(weights).is_dir():
+            raise ValueError(f"image_weights: expected a folder with a transformers model, got {weights!r}")
+        try:
+            if weights is not None:
+                self.model = AutoBackbone.from_pretrained(weights, local_files_only=True)
+            else:
+                settings = {k: v for k, v in (config.image_backbone or {}).items() if k != "model_type"}
+                self.model = AutoBackbone.from_config(AutoConfig.for_model(config.image_stem, **settings))
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(
+                f"image_stem: expected conv, patch or a backbone of transformers, got {config.image_stem!r} "
+                f"with image_weights {weights!r} ({error})"
+            ) from None
+        if self.model.config.model_type != config.image_stem:
+            raise ValueError(
+                f"image_stem: {config.image_stem!r}, but image_weights hold {self.model.config.model_type!r}"
+            )
+        self.settings: dict[str, Any] = self.model.config.to_dict()
+        self.projection = nn.Conv2d(self.model.channels[-1], config.width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.projection(self.model(images).feature_maps[-1])
+        return features
