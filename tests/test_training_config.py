@@ -29,7 +29,7 @@ def test_a_dump_reads_back_the_same():
         ({"training": {"learning_rat": 1}}, "unknown key training.learning_rat; did you mean training.learning_rate?"),
         ({"modle": {}}, "unknown key modle; did you mean model?"),
         ({"xyz": {}}, "unknown key xyz; known: model, data, training"),
-        ({"model": {"vocab_size": 3}}, "model.vocab_size: is not set here: the data and the tokenizer tell"),
+        ({"model": {"vocab_size": 3}}, "model.vocab_size: is not set here: data, tokenizer and weights tell"),
         ({"model": {"width": 130}}, "model.width: expected a multiple of 4 and of heads = 4, got 130"),
         ({"model": {"similarity": "l2"}}, "model.similarity: expected one of dot, cosine"),
         ({"training": {"clip": -1}}, "training.clip: input should be greater than or equal to 0, got -1"),

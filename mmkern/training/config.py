@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from mmkern.model.config import ModelConfig
 
-_FROM_DATA = ("vocab_size", "classes", "pad", "start", "end")  # of ModelConfig: the data and the tokenizer tell
+_FROM_DATA = ("vocab_size", "classes", "pad", "start", "end", "image_backbone")  # of ModelConfig: found, not chosen
 
 
 class ConfigError(ValueError):
@@ -29,7 +29,7 @@ class _ModelSection(_Section):
         self.build(vocab_size=3, classes=0)
         return self
 
-    def build(self, vocab_size: int, classes: int, **special: int) -> ModelConfig:
+    def build(self, vocab_size: int, classes: int, **special: Any) -> ModelConfig:
         """The model's configuration, now that the data are known; special: pad, start, end."""
         return ModelConfig(vocab_size=vocab_size, classes=classes, **special, **self.model_dump())
 
@@ -150,7 +150,7 @@ def _line(wrong: ValidationError) -> str:
             section = section.model_fields[part].annotation
         known = list(section.model_fields)
         if place[-1] in _FROM_DATA and place[0] == "model":
-            return f"{key}: is not set here: the data and the tokenizer tell"
+            return f"{key}: is not set here: data, tokenizer and weights tell"
         near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
         if near:
             return f"unknown key {key}; did you mean {'.'.join([*place[:-1], near[0]])}?"
