@@ -231,7 +231,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.c.clip or math.inf)
-        mine = dict.fromkeys(LOSSES, 0.0) | {"loss": float(total)} | {name: float(part) for name, part in parts.items()}
+        mine = dict.fromkeys(LOSSES, 0.0) | {"loss": float(total.detach())} | {name: float(part) for name, part in parts.items()}
         names = [name for name in LOSSES if name == "loss" or name in parts]
         sums = self._summed(mine)
         record = {name: sums[name] / self.world for name in names}
@@ -282,9 +282,9 @@ class Trainer:
         samples = range(min(len(self.problem.validation), self.c.evaluation_samples))
         mine = [self.problem.validation[i] for i in samples[self.rank :: self.world]]
         with self._autocast():
-            predictions, losses = evaluation.predict(self.model, self.problem, mine)
+            predictions, sums = evaluation.predict(self.model, self.problem, mine)
         predictions = [p for part in self._gathered(predictions) for p in part]
-        losses = evaluation.means(self._gathered(losses))
+        losses = evaluation.means(self._gathered(sums))
         found = evaluation.metrics(predictions, self.problem.classes)
         score = evaluation.score(found)
         self.plateau.observe(score)
