@@ -18,6 +18,8 @@ ARROWS = {
     "mmkern/reference": {"mmkern.reference"},
     "mmkern/ops": {"mmkern.ops", "mmkern.reference", "mmkern._C"},
     "mmkern/integrations": {"mmkern", "mmkern.ops", "mmkern.integrations"},
+    "mmkern/nn": {"mmkern", "mmkern.nn"},
+    "mmkern/model": {"mmkern", "mmkern.nn", "mmkern.model"},
     "kernels": {"mmkern.kernels"},
 }
 C_HEADERS = {"cmath", "cstddef", "cstdint", "cstring", "immintrin.h", "arm_neon.h"}

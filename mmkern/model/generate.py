@@ -46,7 +46,7 @@ def generate(
         use_cache: keep keys and values from token to token. False computes them anew each time, with the same result.
 
     Returns:
-        Each sample's tokens, without start and without the one that ended it.
+        Each sample's tokens, without start and without the one that ended it. pad and start are never written.
 
     Raises:
         ValueError: an unknown strategy, or a number out of range. Those of `MultimodalModel.encode`.
@@ -96,14 +96,18 @@ class _Writer:
     def __init__(self, model: MultimodalModel, memory: Tensor, lengths: Tensor, copies: int, use_cache: bool) -> None:
         self.model = model
         self.memory, self.lengths = (t.repeat_interleave(copies, 0) for t in (memory, lengths))
-        self.tokens = lengths.new_full((len(self.memory), 1), model.config.start)
+        c = model.config
+        self.tokens = lengths.new_full((len(self.memory), 1), c.start)
+        self.never = sorted({c.pad, c.start} - {c.end})  # they are no words, and no target holds them
         self.cache: DecoderCache | None = model.new_cache() if use_cache else None
 
     def logits(self) -> Tensor:
         """(rows, V) float32, of the next token."""
         unread = self.tokens if self.cache is None else self.tokens[:, self.cache.length :]
         hidden = self.model.decode(self.memory, self.lengths, unread, self.cache)
-        return self.model.logits(hidden[:, -1]).float()
+        logits = self.model.logits(hidden[:, -1]).float()
+        logits[:, self.never] = -torch.inf
+        return logits
 
     def append(self, tokens: Tensor, rows: Tensor | None = None) -> None:
         """tokens (rows,); where `rows` is given, text i goes on from text rows[i]."""

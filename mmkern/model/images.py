@@ -83,11 +83,13 @@ class Backbone(nn.Module):
         if weights is not None and not Path(weights).is_dir():
             raise ValueError(f"image_weights: expected a folder with a transformers model, got {weights!r}")
         try:
-            if weights is not None:
-                self.model = AutoBackbone.from_pretrained(weights, local_files_only=True)
-            else:
+            if weights is None:
                 settings = {k: v for k, v in (config.image_backbone or {}).items() if k != "model_type"}
                 self.model = AutoBackbone.from_config(AutoConfig.for_model(config.image_stem, **settings))
+            else:  # AutoBackbone.from_pretrained would ask the hub, even for a folder
+                found = AutoConfig.from_pretrained(weights, local_files_only=True)
+                kind = type(AutoBackbone.from_config(found))
+                self.model = kind.from_pretrained(weights, config=found, local_files_only=True)
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(
                 f"image_stem: expected conv, patch or a backbone of transformers, got {config.image_stem!r} "

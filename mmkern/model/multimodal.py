@@ -305,6 +305,7 @@ class MultimodalModel(nn.Module):
             elif name == "class":
                 total = mmkern.cross_entropy(outputs[output].float(), target, reduction="sum")
             else:
-                total = F.mse_loss(outputs[output].float(), target, reduction="none").where(asked, 0.0).sum()
+                error = outputs[output].float() - target.where(asked, 0.0)
+                total = error.square().mul(asked).sum()
             losses[name] = total / asked.sum().clamp(min=1)
         return losses

@@ -1,0 +1,132 @@
+"""From pictures to tokens: convolutions, patches, and backbones of transformers with weights from a folder."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from model_cases import TINY, batch_of, tiny
+
+import mmkern
+from mmkern.model import ModelConfig, MultimodalModel
+from mmkern.model.images import ImageStem
+
+
+def stem(**changes) -> ImageStem:
+    torch.manual_seed(0)
+    return ImageStem(replace(TINY, **changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """A folder with a tiny ResNet as transformers saves it, and that network."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("resnet")
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    network = transformers.ResNetModel(transformers.ResNetConfig(**sizes)).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+    network.save_pretrained(folder)
+    return str(folder), network
+
+
+def test_patches_are_cut_and_projected():
+    module, images = stem(image_stem="patch", patch_size=8), torch.rand(2, 3, 32, 32)
+    normal = (images - 0.5) / 0.25
+    for row in range(4):
+        for column in range(4):
+            patch = normal[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].flatten(1)
+            expected = patch @ module.features.weight.flatten(1).T + module.features.bias
+            torch.testing.assert_close(module(images)[:, row, column], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "grid"), [(72, 5), (64, 4), (32, 2), (7, 1)])
+def test_convolutions_and_pooling_see_where_things_are(side, grid):
+    module = stem(image_size=side)
+    images = torch.full((1, 3, side, side), 0.5)
+    features = module(images)
+    assert features.shape == (1, grid, grid, 16)
+    images[..., : side // 8 + 1, : side // 8 + 1] = 1.0  # a spot in the upper left corner
+    moved = (module(images) - features).abs().amax(-1)[0]
+    assert moved[0, 0] == moved.max() > 0.01
+
+
+def test_pictures_get_two_dimensional_positions():
+    model, images = tiny().eval(), torch.rand(1, 3, 32, 32)
+    expected = mmkern.add_positional_encoding(model.stem(images), "sincos2d").flatten(1, 2) + model.modality[0]
+    torch.testing.assert_close(model._see(images, None), expected)
+    plain = tiny(encoding="none").eval()
+    torch.testing.assert_close(plain._see(images, None), plain.stem(images).flatten(1, 2) + plain.modality[0])
+
+
+def test_a_backbone_with_its_weights(resnet):
+    folder, network = resnet
+    module, images = stem(image_stem="resnet", image_weights=folder), torch.rand(2, 3, 32, 32)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normal = (images - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
+    features = network(normal).last_hidden_state  # (2, 8, height, width)
+    projection = module.features.projection
+    expected = torch.einsum("bchw,dc->bhwd", features, projection.weight[..., 0, 0]) + projection.bias
+    torch.testing.assert_close(module(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_a_backbone_trains_and_comes_back_without_the_folder(resnet):
+    model, batch = tiny(image_stem="resnet", image_weights=resnet[0]), batch_of()
+    before = [p.detach().clone() for p in model.stem.parameters()]
+    sum(model.loss(batch).values()).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert any(not torch.equal(p, old) for p, old in zip(model.stem.parameters(), before, strict=True))
+    assert all(p.isfinite().all() for p in model.parameters())
+    saved = json.loads(json.dumps(asdict(model.config)))
+    again = MultimodalModel(ModelConfig(**{**saved, "image_weights": "/nowhere"}))
+    again.load_state_dict(model.state_dict())
+    for name, expected in model.eval()(batch).items():
+        torch.testing.assert_close(again.eval()(batch)[name], expected)
+
+
+def test_a_backbone_from_its_own_configuration():
+    pytest.importorskip("transformers")
+    settings = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    module = stem(image_stem="resnet", image_backbone=settings)
+    assert module(torch.rand(2, 3, 32, 32)).shape == (2, 4, 4, 16)
+    assert module.backbone["hidden_sizes"] == [4, 8]
+
+
+def test_batch_norm_of_a_backbone_sees_only_pictures_that_are_there(resnet):
+    model, batch = tiny(image_stem="resnet", image_weights=resnet[0]), batch_of()
+    there = batch.image_present
+    together = model._see(batch.images, there)
+    torch.testing.assert_close(together[there], model._see(batch.images[there], None))
+    assert not together[~there].any()
+
+
+@pytest.mark.parametrize("image_stem", ["conv", "patch"])
+def test_a_batch_without_any_picture_trains(image_stem):
+    model, batch = tiny(image_stem=image_stem), batch_of()
+    losses = model.loss(replace(batch, image_present=torch.zeros(4, dtype=torch.bool)))
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    without = model.loss(replace(batch, images=None, image_present=None))
+    for name, expected in without.items():
+        torch.testing.assert_close(losses[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_stem": "patch", "patch_size": 12}, "patch_size: expected a divisor of image_size = 32, got 12"),
+        ({"image_stem": "resnet", "image_weights": "/nowhere"}, "image_weights: expected a folder .* '/nowhere'"),
+        ({"image_stem": "no-such-network"}, "image_stem: expected conv, patch or a backbone .* 'no-such-network'"),
+        ({"image_stem": "gpt2"}, "image_stem: expected conv, patch or a backbone of transformers, got 'gpt2'"),
+    ],
+)
+def test_wrong_stems_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        stem(**changes)
+
+
+def test_weights_of_another_network_are_refused(resnet):
+    with pytest.raises(ValueError, match="image_stem: 'convnext', but image_weights hold 'resnet'"):
+        stem(image_stem="convnext", image_weights=resnet[0])
