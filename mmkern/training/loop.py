@@ -320,6 +320,7 @@ class Trainer:
             "run": self.config.model_dump(mode="json"),
             "model": dataclasses.asdict(self.model.config),
             "classes": self.problem.classes,
+            "class_prompt": self.problem.class_prompt,
         }
         tokenizer = self.problem.tokenizer.to_str()
         writer.submit(Snapshot(self.step, tensors, config, tokenizer, progress, score))

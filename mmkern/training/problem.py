@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class Problem:
     tokenizer: Any
     collate: Collate
     word_vectors: Tensor | None = None
+
+    @cached_property
+    def class_prompt(self) -> str:
+        """The prompt that samples with a label mostly have; "" where none has."""
+        samples = (self.train[i] for i in range(len(self.train)))
+        counts = Counter(sample.prompt for sample in samples if sample.label is not None)
+        return counts.most_common(1)[0][0] if counts else ""
 
 
 class Steps(Dataset[Batch]):
