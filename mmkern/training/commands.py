@@ -65,9 +65,7 @@ def _progress(total: int, text: str, quiet: bool = False) -> Iterator[Callable[[
     """A bar on stderr; call what it yields with how many steps were made, and the text beside the bar."""
     columns = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn()
     console = Console(stderr=True)
-    bar = Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=quiet
-    )
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=quiet)
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     log = logging.getLogger("mmkern.training")
     log.handlers, log.propagate = ([] if quiet else [handler]), False
@@ -156,7 +154,9 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
         for error in refused:
             log.warning("passed over: %s", error)
         parameters = sum(p.numel() for p in model.parameters())
-        log.info("%d samples, %d classes, %.2f M parameters", len(problem.train), len(problem.classes), parameters / 1e6)
+        log.info(
+            "%d samples, %d classes, %.2f M parameters", len(problem.train), len(problem.classes), parameters / 1e6
+        )
 
         def progress(at: int, record: dict[str, float]) -> None:
             step(1, f"loss {record['loss']:.3f}")

@@ -101,14 +101,10 @@ def metrics(predictions: Sequence[Prediction], classes: Sequence[str]) -> dict[s
     found: dict[str, dict[str, Any]] = {}
     for name, group in sorted(groups.items()):
         values: dict[str, Any] = {"samples": len(group)}
-        labelled = [p for p in group if p.label is not None]
-        if labelled:
-            values |= classification_metrics(
-                [p.label for p in labelled], [p.sample.label for p in labelled], list(classes)
-            )
-        texts = [p for p in group if p.text is not None]
-        if texts:
-            values |= text_metrics([p.text for p in texts], [p.sample.text for p in texts])
+        if labels := [(p.label, p.sample.label) for p in group if p.label is not None]:
+            values |= classification_metrics(*map(list, zip(*labels, strict=True)), list(classes))
+        if texts := [(p.text, p.sample.text) for p in group if p.text is not None]:
+            values |= text_metrics(*map(list, zip(*texts, strict=True)))
         found[name] = values
     return found
 

@@ -231,7 +231,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.c.clip or math.inf)
-        mine = dict.fromkeys(LOSSES, 0.0) | {"loss": float(total.detach())} | {name: float(part) for name, part in parts.items()}
+        mine = (
+            dict.fromkeys(LOSSES, 0.0)
+            | {"loss": float(total.detach())}
+            | {name: float(part) for name, part in parts.items()}
+        )
         names = [name for name in LOSSES if name == "loss" or name in parts]
         sums = self._summed(mine)
         record = {name: sums[name] / self.world for name in names}

@@ -37,7 +37,8 @@ _TEMPLATE = """<!doctype html>
 {{ curves }}
 <h2>Predictions on test data</h2>
 <div class="grid">{% for p in predictions %}<figure>{% if p.picture %}<img src="{{ p.picture }}" alt="">{% endif %}
-<figcaption><span class="quiet">{{ p.prompt }}</span><br><b class="{{ 'right' if p.right else 'wrong' }}">{{ p.said }}</b>
+<figcaption><span class="quiet">{{ p.prompt }}</span><br>
+<b class="{{ 'right' if p.right else 'wrong' }}">{{ p.said }}</b>
 {% if not p.right %}<br>expected: {{ p.expected }}{% endif %}</figcaption></figure>{% endfor %}</div>
 </html>
 """

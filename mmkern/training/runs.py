@@ -55,13 +55,13 @@ def prepare(config: RunConfig, known: Run | None = None) -> tuple[Problem, Model
 
     Args:
         config: of the run to be.
-        known: tokenizer, classes and model are this run's; None: found in the training split.
+        known: tokenizer and classes are this run's; None: found in the training split.
 
     Raises:
         TrainingError: a split is empty, or the data have classes that `known` does not.
         ValueError, OSError: the data cannot be read; the message names the file.
     """
-    splits = load_dataset(config.data)
+    splits: Any = load_dataset(config.data)
     if not len(splits.train) and known is None:
         raise TrainingError(f"data.source: {config.data.source}: no sample to train on")
     classes = list(splits.train.classes)
@@ -72,11 +72,17 @@ def prepare(config: RunConfig, known: Run | None = None) -> tuple[Problem, Model
         raise TrainingError(
             f"{known.folder}: knows {len(known.classes)} classes; the data also have {unknown[0]!r}{more}"
         )
-    parts: list[Any] = [splits.train, splits.validation, splits.test]
+    train, validation, test = splits.train, splits.validation, splits.test
     if classes != known.classes:
-        parts = [Relabelled(part, [known.classes.index(name) for name in classes]) for part in parts]
-    make = partial(_batch, tokenizer=known.tokenizer, config=known.model.config, augment=augmentation(config.data))
-    return Problem(*parts, known.classes, known.tokenizer, make), known.model.config
+        places = [known.classes.index(name) for name in classes]
+        train, validation, test = (Relabelled(part, places) for part in (train, validation, test))
+    theirs = known.model.config
+    special = {"pad": theirs.pad, "start": theirs.start, "end": theirs.end}
+    model = config.model.build(vocab_size=theirs.vocab_size, classes=theirs.classes, **special)
+    if model.image_size != theirs.image_size:
+        raise TrainingError(f"model.image_size: {model.image_size}, but {theirs.image_size} in {known.folder}")
+    make = partial(_batch, tokenizer=known.tokenizer, config=model, augment=augmentation(config.data))
+    return Problem(train, validation, test, known.classes, known.tokenizer, make), model
 
 
 def _new(config: RunConfig, splits: Any, classes: list[str]) -> tuple[Problem, ModelConfig]:
