@@ -61,7 +61,7 @@ def _one_line() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int, text: str, quiet: bool = False) -> Iterator[Callable[[int, str], None]]:
+def _progress(total: int, text: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """A bar on stderr; call what it yields with how many steps were made, and the text beside the bar."""
     columns = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn()
     console = Console(stderr=True)
@@ -72,7 +72,11 @@ def _progress(total: int, text: str, quiet: bool = False) -> Iterator[Callable[[
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     with bar:
         task = bar.add_task(text, total=total)
-        yield lambda done, said="": bar.update(task, advance=done, description=said or text)
+
+        def step(done: int, said: str = "") -> None:
+            bar.update(task, advance=done, description=said or text)
+
+        yield step
 
 
 def train(
@@ -151,8 +155,8 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
         if not resume:
             (output / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1))
     with _progress(config.training.steps, "training", quiet=not first) as step:
-        for error in refused:
-            log.warning("passed over: %s", error)
+        for reason in refused:
+            log.warning("passed over: %s", reason)
         parameters = sum(p.numel() for p in model.parameters())
         log.info(
             "%d samples, %d classes, %.2f M parameters", len(problem.train), len(problem.classes), parameters / 1e6
@@ -161,10 +165,10 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
         def progress(at: int, record: dict[str, float]) -> None:
             step(1, f"loss {record['loss']:.3f}")
 
-        trainer = Trainer(config, problem, model, output, teacher and teacher.model, progress)
+        trainer = Trainer(config, problem, model, output, None if teacher is None else teacher.model, progress)
         if found is not None:
             trainer.restore(found)
-            step(found.step, "")
+            step(found.step)
             log.info("going on after step %d", found.step)
         trainer.run()
     if first:
@@ -186,7 +190,7 @@ def _finish(output: Path, problem: Problem, seconds: float) -> None:
 
     run = open_run(output)
     with _progress(len(problem.test), "testing") as step:
-        predictions, _ = evaluation.predict(run.model, problem, problem.test, lambda count: step(count, ""))
+        predictions, _ = evaluation.predict(run.model, problem, problem.test, step)
     found = evaluation.metrics(predictions, problem.classes)
     facts = {
         "step of the best checkpoint": run.checkpoint.step,
@@ -271,7 +275,7 @@ def evaluate(
         for name, model in models.items():
             start = time.perf_counter()
             with _progress(len(chosen), name) as step:
-                predictions, _ = evaluation.predict(model, problem, chosen, lambda n, step=step: step(n, ""))
+                predictions, _ = evaluation.predict(model, problem, chosen, step)
             seconds = time.perf_counter() - start
             console = Console()
             found = evaluation.metrics(predictions, problem.classes)

@@ -231,14 +231,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.c.clip or math.inf)
-        mine = (
-            dict.fromkeys(LOSSES, 0.0)
-            | {"loss": float(total.detach())}
-            | {name: float(part) for name, part in parts.items()}
-        )
-        names = [name for name in LOSSES if name == "loss" or name in parts]
+        found = {"loss": total.detach()} | parts
+        mine = {name: float(found[name]) if name in found else 0.0 for name in LOSSES}
         sums = self._summed(mine)
-        record = {name: sums[name] / self.world for name in names}
+        record = {name: sums[name] / self.world for name in LOSSES if name in found}
         if not math.isfinite(record["loss"]) or not math.isfinite(float(norm)):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {record['loss']}, its gradient {float(norm)}; "
