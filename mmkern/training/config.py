@@ -62,7 +62,7 @@ class DataConfig(_Section):
 class TrainingConfig(_Section):
     """How it is learned."""
 
-    steps: int = Field(default=1500, ge=1)
+    steps: int = Field(default=1200, ge=1)
     batch_size: int = Field(default=64, ge=1)  # over all processes
     seed: int = 0
     device: str = "auto"

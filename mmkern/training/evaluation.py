@@ -102,9 +102,9 @@ def metrics(predictions: Sequence[Prediction], classes: Sequence[str]) -> dict[s
     for name, group in sorted(groups.items()):
         values: dict[str, Any] = {"samples": len(group)}
         if labels := [(p.label, p.sample.label) for p in group if p.label is not None]:
-            values |= classification_metrics(*map(list, zip(*labels, strict=True)), list(classes))
+            values |= classification_metrics([p for p, _ in labels], [e for _, e in labels], list(classes))
         if texts := [(p.text, p.sample.text) for p in group if p.text is not None]:
-            values |= text_metrics(*map(list, zip(*texts, strict=True)))
+            values |= text_metrics([p for p, _ in texts], [e for _, e in texts])
         found[name] = values
     return found
 

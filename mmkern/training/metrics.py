@@ -32,7 +32,7 @@ def text_metrics(predicted: Sequence[str], expected: Sequence[str]) -> dict[str,
     return {
         "exact_match": sum(p == e for p, e in pairs) / len(pairs),
         "token_f1": sum(token_f1(p, e) for p, e in pairs) / len(pairs),
-        "chrf": float(chrf_score(list(predicted), [[e] for e in expected])),
+        "chrf": torch.as_tensor(chrf_score(list(predicted), [[e] for e in expected])).item(),
     }
 
 
