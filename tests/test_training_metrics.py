@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
+from mmkern.model.config import ModelConfig
+from mmkern.training import baselines
+from mmkern.training.data import Sample, collate
 from mmkern.training.metrics import classification_metrics, text_metrics, token_f1
+from mmkern.training.problem import Problem
+from mmkern.training.text import train_tokenizer
 
 
 def test_classes_are_scored_as_scikit_learn_does():
@@ -29,5 +35,22 @@ def test_texts():
     found = text_metrics(["red hat", "blue"], ["red hat", "green"])
     assert found["exact_match"] == 0.5
     assert found["token_f1"] == 0.5
-    assert 0.5 < found["chrf"] < 0.7
+    assert 0.6 < found["chrf"] < 0.8  # over all characters, of which the right text has more
     assert text_metrics(["red hat"], ["red hat"])["chrf"] == pytest.approx(1.0)
+
+
+def test_baselines_answer_most_often_and_as_the_nearest_picture():
+    def shade(value):
+        return Image.new("RGB", (4, 4), (value,) * 3)
+
+    tokenizer = train_tokenizer(["x"], 260)
+    config = ModelConfig(vocab_size=260, image_size=4)
+    train = [Sample(shade(v), "p", None, label, "g") for v, label in ((0, 0), (100, 1), (200, 1))]
+    train += [Sample(shade(v), "p", text, None, "h") for v, text in ((0, "dark"), (200, "light"), (0, "dark"))]
+    test = [Sample(shade(v), "p", *answer) for v in (40, 160) for answer in ((None, 1, "g"), ("light", None, "h"))]
+    test += [Sample(None, "p", None, 0, "g"), Sample(None, "p", "new", None, "elsewhere")]
+    problem = Problem(train, [], test, ["a", "b"], tokenizer, lambda s, g: collate(s, tokenizer, config))
+    usual, nearest = baselines.most_frequent(problem), baselines.nearest_picture(problem)
+    assert [(p.label, p.text) for p in usual] == [(1, None), (None, "dark")] * 2 + [(1, None), (None, "")]
+    near = [(0, None), (None, "dark"), (1, None), (None, "light"), (1, None), (None, "")]
+    assert [(p.label, p.text) for p in nearest] == near

@@ -184,8 +184,8 @@ def _data_errors() -> Iterator[None]:
 
 
 def _finish(output: Path, problem: Problem, seconds: float) -> None:
-    """Scores the best checkpoint on the test split; writes test.json, curves.svg and the page."""
-    from mmkern.training import evaluation, run_page
+    """Scores the best checkpoint and the baselines on the test split; writes test.json, curves.svg and the page."""
+    from mmkern.training import baselines, evaluation, run_page
     from mmkern.training.runs import open_run
 
     run = open_run(output)
@@ -198,15 +198,20 @@ def _finish(output: Path, problem: Problem, seconds: float) -> None:
         "training samples": len(problem.train),
         "test samples": len(problem.test),
     }
-    (output / TEST).write_text(json.dumps(facts | {"test": found}, indent=1, default=_plain))
-    page = run_page.write(output, {k: str(v) for k, v in facts.items()}, found, _shown(predictions), problem.classes)
+    compared = {
+        name: evaluation.metrics(answers(problem), problem.classes)
+        for name, answers in (
+            ("most frequent", baselines.most_frequent),
+            ("nearest picture", baselines.nearest_picture),
+        )
+    }
+    (output / TEST).write_text(json.dumps(facts | {"test": found, "baselines": compared}, indent=1))
+    rows = found | {f"{group}: {name}": values for name, of in compared.items() for group, values in of.items()}
+    rows = dict(sorted(rows.items()))
+    page = run_page.write(output, {k: str(v) for k, v in facts.items()}, rows, _shown(predictions), problem.classes)
     console = Console()
-    console.print(_table(f"test data, best checkpoint (step {run.checkpoint.step})", found))
+    console.print(_table(f"test data, best checkpoint (step {run.checkpoint.step})", rows))
     console.print(f"{seconds:.0f} s; written: {output} (look at {page})", highlight=False, soft_wrap=True)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist()
 
 
 def _shown(predictions: Sequence[Prediction]) -> list[Prediction]:
