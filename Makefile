@@ -2,19 +2,23 @@
 #   make test                      every test
 #   make bench                     speed against torch; OPS=softmax for some ops only
 #   make build                     compile what changed
+#   make gpu                       on a CUDA GPU: every Triton test, then speed; STAGE=test or bench for one of the two;
+#                                  OUT=folder for tests.xml, report.json and report.md
 #   make lint                      ruff, mypy, clang-format; `make format` repairs what it can
 #   make clean                     remove .venv and what was built
 # PYTHON=python3.12 makes .venv with another interpreter; VENV= PYTHON=... uses that interpreter as it is.
 PYTHON ?= python3
 VENV   ?= .venv
 OPS    ?=
+STAGE  ?= test bench
+OUT    ?= build/gpu
 
 PY    := $(if $(VENV),$(VENV)/bin/$(notdir $(PYTHON)),$(PYTHON))
 BIN   := $(if $(VENV),$(VENV)/bin/)
 STAMP := $(or $(VENV),build)/installed
 CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 
-.PHONY: help test bench build lint format clean
+.PHONY: help test bench gpu build lint format clean
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
@@ -23,6 +27,14 @@ test: build
 
 bench: build
 	$(PY) -m mmkern.cli bench $(if $(OPS),--ops $(OPS))
+
+# Without a virtual environment, the interpreter's own packages are used and nothing is fetched. The tests compile some
+# hundred kernels: on as many processes as pytest-xdist, if it is there, may start.
+gpu: $(if $(VENV),$(STAMP))
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	@mkdir -p $(OUT)
+	$(if $(filter test,$(STAGE)),$(PY) -m pytest -q --junitxml=$(OUT)/tests.xml $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/test_triton_*.py)
+	$(if $(filter bench,$(STAGE)),$(PY) -m mmkern.cli bench --device cuda --output $(OUT))
 
 build: $(STAMP)
 	$(PY) setup.py -q build_ext --inplace
@@ -48,7 +60,7 @@ $(STAMP): pyproject.toml constraints.txt $(if $(VENV),$(PY))
 	$(PY) -m pip install -c constraints.txt torch==2.13.0
 	$(PY) -m pip install -c constraints.txt setuptools pybind11 ninja
 	$(PY) setup.py -q build_ext --inplace
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,transformers,dev]'
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,train,transformers,dev]'
 	@mkdir -p $(@D) && touch $@
 
 $(VENV)/bin/%:

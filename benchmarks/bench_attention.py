@@ -73,6 +73,20 @@ SHAPES = [
     Shape("attention-euclidean", "256 tokens", 4, (8, 8), 256, 256, 64, "quick", F32),
     Shape("attention-euclidean", "1024 tokens", 1, (8, 8), 1024, 1024, 64, dtypes=F32),
 ]
+# For a GPU to be full: head dims 64, 128 and 256 at 16 thousand tokens, as its makers publish them.
+GPU = [
+    Shape(f"attention{'-causal' if causal else ''}", f"{length} tokens, {dim} wide", 16384 // length,
+          (2048 // dim, 2048 // dim), length, length, dim, "gpu", ("bfloat16",), CAUSAL if causal else {})
+    for causal in (False, True) for dim in (64, 128, 256) for length in (2048, 4096, 16384)
+] + [
+    Shape("attention-causal", "8 key heads, 8192", 2, (64, 8), 8192, 8192, 128, "gpu", ("bfloat16",), CAUSAL),
+    Shape("attention-decode", "Llama decode 64x8192", 64, (32, 8), 1, 8192, 128, "gpu", ("bfloat16",)),
+    Shape("attention-cosine", "4096 tokens", 4, (16, 16), 4096, 4096, 128, "gpu", ("bfloat16",)),
+    Shape("attention-window", "window 1024 of 8192", 2, (16, 16), 8192, 8192, 128, "gpu", ("bfloat16",),
+          {"window": 1024}),
+    Shape("attention-bias", "4096 tokens", 4, (16, 16), 4096, 4096, 128, "gpu", ("bfloat16",)),
+]  # fmt: skip
+SHAPES += GPU
 TEMPERATURE = 10.0
 
 
@@ -156,7 +170,21 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
     named = [Baseline(formula.__name__.strip("_").replace("_", " "), call)]
     if formula is F.scaled_dot_product_attention:
         named = [Baseline("sdpa", call), *pinned(lambda: call, device)]
+        if s.level == "gpu" and s.op in ("attention", "attention-causal") and s.head_dim <= 128:
+            named.append(Baseline("flex attention", _flex(q, k, v, s)))
     return Problem(ours, [*named, *baselines], exact, lambda output: output[:, :, ::step])
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, s: Shape) -> Call:
+    """torch's compiled FlexAttention, compiled when first called."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    visible = None
+    if s.options.get("is_causal"):
+        lengths = (s.q_len, s.k_len)
+        visible = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=q.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return partial(compiled, q, k, v, block_mask=visible, enable_gqa=s.heads[0] != s.heads[1])
 
 
 def pinned(new: Callable[[], Call], device: str) -> list[Baseline]:

@@ -34,6 +34,12 @@ SHAPES = [
     Shape("attention-mask-gradient", "T5-base 512", 1, (12, 12), 512, 512, 64, options={"scale": 1.0}),
 ]
 
+SHAPES += [
+    Shape(f"attention-backward{'-causal' if causal else ''}", f"{length} tokens, {dim} wide", 16384 // length,
+          (2048 // dim, 2048 // dim), length, length, dim, "gpu", ("bfloat16",), CAUSAL if causal else {})
+    for causal in (False, True) for dim in (64, 128) for length in (2048, 8192)
+]  # fmt: skip
+
 
 def cases() -> Iterator[Case]:
     for s in SHAPES:
@@ -41,7 +47,7 @@ def cases() -> Iterator[Case]:
         pairs = s.q_len * (s.q_len + 1) / 2 if s.options.get("is_causal") else s.q_len * s.k_len
         rows = s.batch * (s.heads[0] * s.q_len + s.heads[1] * s.k_len) * s.head_dim
         heads = str(s.heads[0]) if s.heads[0] == s.heads[1] else f"{s.heads[0]}/{s.heads[1]}"
-        for name in TWO:
+        for name in TWO if s.level != "gpu" else s.dtypes:
             dtype = DTYPES[name]
             yield Case(
                 "attention",

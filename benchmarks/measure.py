@@ -78,7 +78,7 @@ class Case:
     flops: multiplications and additions that the result needs (causal: only the visible half).
     bytes: compulsory traffic: each input read once, each output written once.
     bound: the ceiling it is held against: "fma", "bf16_dot", "copy" or "read".
-    level: "quick", "default" or "full": the smallest kind of run that includes it.
+    level: "quick", "default" or "full": the smallest kind of run that includes it; "gpu": any run on a GPU.
     """
 
     family: str
@@ -280,10 +280,14 @@ def measure(
             return result
         if not timed:
             return result
-        result.screened = screen(problem.baselines, device)
+        baselines = [*problem.baselines]
+        if device != "cpu" and problem.kind == "forward" and case.level == "quick":  # compiling takes seconds
+            compiled = torch.compile(problem.baselines[0].call, dynamic=False)
+            baselines.append(Baseline("torch.compile", compiled))
+        result.screened = screen(baselines, device)
         timed_ones = {name: t for name, t in result.screened.items() if not isinstance(t, str)}
         result.against = min(timed_ones, key=timed_ones.__getitem__)
-        against = next(b for b in problem.baselines if b.name == result.against)
+        against = next(b for b in baselines if b.name == result.against)
         result.ceiling = ceiling(case)
         if problem.kind == "gradient":
             result.peak_bytes = peak_bytes(problem.ours, device)

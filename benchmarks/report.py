@@ -203,7 +203,14 @@ def machine_lines(report: Report) -> list[str]:
     load = m["load"]
     busy = [f"Load {load:.1f} before the run: something else was busy, times may be off."] if load > LOADED else []
     math = ", ".join(f"{n} {m[k]}" for n, k in (("MKL", "mkl"), ("oneDNN", "onednn")) if m[k])
+    gpu = []
+    if m.get("gpu"):
+        gpu = [
+            f"{m['gpu']} ({m['gpu_memory_gib']} GiB, compute capability {m['gpu_capability']}), CUDA {m['cuda']}, "
+            f"cuDNN {m['cudnn']}, Triton {m['triton']}: all times are of this GPU"
+        ]
     return [
+        *gpu,
         f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['system']}",
         f"{build}, {isa}; torch {m['torch']}" + (f" with {math}" if math else "") + f"; Python {m['python']}",
         *busy,

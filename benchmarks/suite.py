@@ -15,8 +15,12 @@ FAMILIES = {
 }
 
 
-def select(ops: Sequence[str] = (), dtypes: Sequence[str] = (), level: str = "default") -> list[Case]:
+def select(
+    ops: Sequence[str] = (), dtypes: Sequence[str] = (), level: str = "default", device: str = "cpu"
+) -> list[Case]:
     """Cases of the named ops or families (all if none), dtypes (all) and levels up to `level`, table order.
+
+    A GPU also gets those of level "gpu", which fill it.
 
     Raises:
         ValueError: a name that no case has, with those that exist.
@@ -27,7 +31,7 @@ def select(ops: Sequence[str] = (), dtypes: Sequence[str] = (), level: str = "de
         for name in given:
             if name not in names:
                 raise ValueError(f"no such name: {name!r}; choose from {', '.join(dict.fromkeys(names))}")
-    levels = LEVELS[: LEVELS.index(level) + 1]
+    levels = (*LEVELS[: LEVELS.index(level) + 1], *(("gpu",) if device != "cpu" else ()))
     order = {op: i for i, op in enumerate(dict.fromkeys(case.op for case in every))}
     chosen = [
         case

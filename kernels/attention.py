@@ -32,43 +32,67 @@ from mmkern.kernels.attention_scores import (
     tile,
 )
 from mmkern.kernels.attention_scores import exp as _exp
-from mmkern.kernels.launch import launch, pick
-from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile
+from mmkern.kernels.launch import cdiv, launch, pick, power_of_2
+from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile, narrow, wide
 
 MAX_HEAD_DIM = 1024
 SPLIT = 256  # keys of one part in decoding: 8 heads of 4096 keys fill 128 processors
 PACKED_ROWS = 16  # up to so many queries, the heads of a group share a program
-# compute capability -> bytes of an element -> head dim up to -> rows of queries, of keys, warps, stages, K and V by TMA
+# What fits without spilling differs once scores need more than a scale and positions: with a mask, dropout, a softcap,
+# slopes or another similarity. compute capability -> bytes of an element -> head dim up to -> (plain, with those), each
+# rows of queries, of keys, warps, stages, whether keys and values come by TMA.
 _Tiles = tuple[int, int, int, int, bool]
-FORWARD: dict[int, dict[int, dict[int, _Tiles]]] = {
-    75: {
-        2: {64: (64, 64, 4, 2, False), 128: (64, 32, 4, 2, False), 256: (32, 32, 4, 1, False), 1024: (16, 16, 4, 1, False)},
-        4: {64: (32, 32, 4, 2, False), 128: (32, 32, 4, 1, False), 256: (16, 32, 4, 1, False), 1024: (16, 16, 4, 1, False)},
-    },
+Table = dict[int, dict[int, dict[int, tuple[Any, Any]]]]
+_SINGLE = {  # float32: no tensor cores unless torch allows tf32
+    64: ((64, 32, 8, 1, False), (32, 16, 8, 1, False)),
+    128: ((64, 16, 8, 1, False), (32, 16, 8, 1, False)),
+    256: ((32, 16, 8, 1, False), (32, 16, 8, 1, False)),
+    1024: ((16, 16, 16, 1, False), (16, 16, 16, 1, False)),
+}
+_WIDE = ((16, 16, 8, 1, False), (16, 16, 8, 1, False))
+_SMALL = {  # 99 KiB of shared memory
+    64: ((128, 64, 4, 3, False), (128, 64, 8, 2, False)),
+    128: ((128, 64, 8, 2, False), (128, 32, 8, 2, False)),
+    256: ((64, 32, 8, 2, False), (32, 32, 4, 1, False)),
+    1024: _WIDE,
+}
+_OLD = {64: ((32, 32, 4, 1, False),) * 2, 128: ((32, 16, 4, 1, False),) * 2, 1024: _WIDE}
+FORWARD: Table = {
+    75: {2: _OLD, 4: _OLD},
     80: {
-        2: {64: (128, 64, 4, 3, False), 128: (128, 64, 8, 3, False), 256: (64, 64, 8, 2, False), 1024: (16, 16, 4, 1, False)},
-        4: {64: (64, 32, 4, 2, False), 128: (64, 32, 8, 2, False), 256: (32, 32, 8, 1, False), 1024: (16, 16, 8, 1, False)},
+        2: {
+            64: ((128, 64, 4, 3, False), (128, 64, 8, 2, False)),
+            128: ((128, 64, 8, 2, False), (128, 32, 8, 2, False)),
+            256: ((64, 64, 8, 2, False), (32, 32, 4, 1, False)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
     },
-    86: {
-        2: {64: (128, 64, 4, 2, False), 128: (64, 64, 4, 2, False), 256: (64, 32, 4, 2, False), 1024: (16, 16, 4, 1, False)},
-        4: {64: (64, 32, 4, 2, False), 128: (64, 32, 8, 1, False), 256: (32, 16, 8, 1, False), 1024: (16, 16, 8, 1, False)},
-    },
+    86: {2: _SMALL, 4: _SINGLE},
     90: {
-        2: {64: (128, 128, 8, 3, True), 128: (128, 64, 8, 3, True), 256: (128, 64, 8, 2, True), 1024: (16, 16, 4, 1, False)},
-        4: {64: (64, 64, 8, 2, False), 128: (64, 32, 8, 2, False), 256: (32, 32, 8, 1, False), 1024: (16, 16, 8, 1, False)},
+        2: {
+            64: ((128, 128, 8, 3, True), (128, 64, 8, 3, True)),
+            128: ((128, 128, 8, 2, True), (128, 64, 8, 3, True)),
+            256: ((64, 64, 8, 2, True), (64, 32, 8, 2, True)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
     },
-    120: {
-        2: {64: (128, 64, 4, 2, False), 128: (64, 64, 4, 2, False), 256: (64, 32, 4, 2, False), 1024: (16, 16, 4, 1, False)},
-        4: {64: (64, 32, 4, 2, False), 128: (64, 32, 8, 1, False), 256: (32, 16, 8, 1, False), 1024: (16, 16, 8, 1, False)},
-    },
-}  # fmt: skip
+    120: {2: _SMALL, 4: _SINGLE},
+}
 
 
 @triton.jit
-def _load(ptr, batch, head, start, rows, row_ok, columns, width, N: tl.constexpr, TMA: tl.constexpr):
+def _load(
+    ptr, descriptor, batch, head, start, rows, row_ok, columns, width, N: tl.constexpr, EDGE: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
     """Rows start .. start + N of keys or values of one head, through their descriptor where TMA."""
     if TMA:
-        return tl.reshape(ptr.load([batch, head, start, 0]), [N, columns.shape[0]])
+        found = tl.reshape(descriptor.load([batch, head, start, 0]), [N, columns.shape[0]])
+        if EDGE:  # padding may hold a NaN
+            found = tl.where(row_ok[:, None], found, 0.0)
+        return found
     else:
         return tile(ptr, rows, row_ok, columns, width)
 
@@ -76,18 +100,18 @@ def _load(ptr, batch, head, start, rows, row_ok, columns, width, N: tl.constexpr
 @triton.jit
 def _part_of(v, part):
     """For part 0 the finite values; for 1 and 2 where a value is plus or minus infinity, or NaN, which is both."""
-    x = v.to(tl.float32)
+    x = wide(v)
     finite = tl.abs(x) < float("inf")
     sign = tl.where(part == 1, float("inf"), -float("inf"))
     there = tl.where((x == sign) | (x != x), 1.0, 0.0)
-    return tl.where(part == 0, tl.where(finite, x, 0.0), there).to(v.dtype)
+    return narrow(tl.where(part == 0, tl.where(finite, x, 0.0), there), v.dtype)
 
 
 @triton.jit
 def _attend(
-    acc, total, top, q, block, part, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_base, v_base, k_stride,
-    v_stride, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows,
-    mask_stride, seed, threshold, batch_number, k_len, head_dim, value_dim,
+    acc, total, top, q, block, part, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
+    v_descriptor, k_base, v_base, k_stride, v_stride, q_square, k_square_ptr, k_square_base, length, left, right,
+    factor, softcap, slope, mask_ptr, mask_rows, mask_stride, seed, threshold, batch_number, k_len, head_dim, value_dim,
     EDGE: tl.constexpr, SALVAGE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
     DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -96,9 +120,10 @@ def _attend(
     NATURAL: tl.constexpr = MASK == FLOAT_MASK
     start = block * BLOCK_N
     j = start + tl.arange(0, BLOCK_N)
-    j_ok = j < k_len
+    j_ok = j < length
     k_rows = k_base + j.to(tl.int64) * k_stride
-    k = _load(k_ptr, batch, kv_head, start, k_rows, j_ok, tl.arange(0, BLOCK_D), head_dim, BLOCK_N, TMA)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    k = _load(k_ptr, k_descriptor, batch, kv_head, start, k_rows, j_ok, d, head_dim, BLOCK_N, EDGE, TMA)
     qk = query_key(q, q_ptr, q_rows, row_ok, k, k_ptr, k_rows, j_ok, head_dim, EXACT, False, PRECISION)
     k_square = 0.0
     if SIMILARITY != DOT and not EXACT:
@@ -109,7 +134,7 @@ def _attend(
         mask_rows[:, None] + j.to(tl.int64)[None, :] * mask_stride, EDGE, MASK, CAPPED, SLOPED,
     )  # fmt: skip
     v_rows = v_base + j.to(tl.int64) * v_stride
-    v = _load(v_ptr, batch, kv_head, start, v_rows, j_ok, tl.arange(0, BLOCK_V), value_dim, BLOCK_N, TMA)
+    v = _load(v_ptr, v_descriptor, batch, kv_head, start, v_rows, j_ok, e, value_dim, BLOCK_N, EDGE, TMA)
     if SALVAGE:
         weight = _exp(s - top[:, None], NATURAL) / total[:, None]
         weight = tl.where(part == 0, weight, tl.where(visible & (s != -float("inf")), 1.0, 0.0))
@@ -125,19 +150,19 @@ def _attend(
     if DROPOUT:
         keep = keep_tile(seed, threshold, (row * 0 + batch_number)[:, None], h[:, None], row[:, None], start, BLOCK_N)
         weight = tl.where(keep, weight, 0.0)
-    return dot(weight.to(v.dtype), v, acc, PRECISION), total, top
+    return dot(narrow(weight, v.dtype), v, acc, PRECISION), total, top
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "m_blocks", "splits", "split_len", "left", "right", "lower_right"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, sinks_ptr, seed_ptr,
-    k_square_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim,
-    value_dim, m_blocks, splits, split_len, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb,
-    stride_vh, stride_vl, stride_os, stride_ob, stride_oh, stride_ol, stride_ls, stride_mb, stride_mh, stride_mi, stride_mj,
-    stride_th, stride_ab, stride_ah, stride_nb, stride_sh,
+    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, out_ptr, lse_ptr, mask_ptr, temperature_ptr, slopes_ptr,
+    lengths_ptr, sinks_ptr, seed_ptr, k_square_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right,
+    heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len, stride_qb, stride_qh, stride_ql,
+    stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_os, stride_ob, stride_oh, stride_ol,
+    stride_ls, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah, stride_nb, stride_sh,
     MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr,
-    SEEDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SEEDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     NATURAL: tl.constexpr = MASK == FLOAT_MASK
     UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
@@ -183,7 +208,7 @@ def _attention_fwd_kernel(
     q = tile(q_ptr, q_rows, row_ok, tl.arange(0, BLOCK_D), head_dim)
     q_square = 0.0
     if SIMILARITY != DOT and not EXACT:
-        q_square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)[:, None]
+        q_square = tl.sum(wide(q) * wide(q), 1)[:, None]
     mask_rows = row64
     if MASK != NO_MASK:
         mask_rows = b64 * stride_mb + h64 * stride_mh + row64 * stride_mi
@@ -201,18 +226,20 @@ def _attention_fwd_kernel(
     )
     for block in tl.range(inner_first, inner_last):
         acc, total, top = _attend(
-            acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_base, v_base,
-            stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap * UNIT, slope,
-            mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len, head_dim, value_dim,
-            False, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+            acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
+            v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left,
+            right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
+            head_dim, value_dim, False, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION,
+            BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for edge in tl.range(first, last - (inner_last - inner_first)):
         block = tl.where(edge < inner_first, edge, edge + (inner_last - inner_first))
         acc, total, top = _attend(
-            acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_base, v_base,
-            stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right, factor, softcap * UNIT, slope,
-            mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len, head_dim, value_dim,
-            True, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+            acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
+            v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left,
+            right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
+            head_dim, value_dim, True, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N,
+            BLOCK_D, BLOCK_V,
         )  # fmt: skip
 
     if sinks_ptr is not None:
@@ -232,29 +259,30 @@ def _attention_fwd_kernel(
     out_ptrs = out_ptr + out_rows[:, None] + columns[None, :]
     out_ok = row_ok[:, None] & (columns[None, :] < value_dim)
     out = acc * tl.where(empty, 0.0, keep_scale / total)[:, None]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_ok)
+    tl.store(out_ptrs, narrow(out, out_ptr.dtype.element_ty), mask=out_ok)
 
     # A NaN or an infinity among the values: times a weight of 0 it is NaN, and here in every row of the block. So are
     # sums that overflowed before they were divided. Then once more, slowly: finite values, then where infinities count.
-    broken = tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0)
+    # In narrow blocks, so that this costs the loops above no registers.
+    broken = tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1))
     if broken > 0:
         total = tl.where(empty, 1.0, total)
         for part_of_values in tl.range(0, 3):
             acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            for block in tl.range(first, last, num_stages=1):
+            for block in tl.range(first * (BLOCK_N // 16), last * (BLOCK_N // 16), num_stages=1):
                 acc, total, top = _attend(
                     acc, total, top, q, block, part_of_values, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr,
-                    v_ptr, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left, right,
-                    factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
-                    head_dim, value_dim, True, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION,
-                    BLOCK_N, BLOCK_D, BLOCK_V,
+                    v_ptr, None, None, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base,
+                    length, left, right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
+                    batch_number, k_len, head_dim, value_dim, True, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY,
+                    EXACT, False, PRECISION, 16, BLOCK_D, BLOCK_V,
                 )  # fmt: skip
             if part_of_values == 0:
                 out = acc * keep_scale
             else:
                 sign = tl.where(part_of_values == 1, float("inf"), -float("inf"))
-                out = tl.load(out_ptrs, mask=out_ok, other=0.0).to(tl.float32) + tl.where(acc > 0.0, sign, 0.0)
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_ok)
+                out = wide(tl.load(out_ptrs, mask=out_ok, other=0.0)) + tl.where(acc > 0.0, sign, 0.0)
+            tl.store(out_ptrs, narrow(out, out_ptr.dtype.element_ty), mask=out_ok)
 
 
 @triton.jit(do_not_specialize=["rows", "q_len", "splits"])
@@ -281,19 +309,20 @@ def _merge_kernel(
         weight = tl.exp2((tl.load(part_lse_ptr + s * rows + row, mask=s < splits, other=-float("inf")) - base) * LOG2E)
         total += tl.sum(weight, 0)
         ok = (s < splits)[:, None] & (columns < value_dim)[None, :]
-        values = tl.load(parts_ptr + s.to(tl.int64)[:, None] * stride_ps + row * value_dim + columns[None, :], mask=ok, other=0.0)
+        at = s.to(tl.int64)[:, None] * stride_ps + row * value_dim + columns[None, :]
+        values = tl.load(parts_ptr + at, mask=ok, other=0.0)
         # An infinite value counts however small its weight is.
         acc += tl.sum(tl.where(tl.abs(values) < float("inf"), weight[:, None] * values, values), 0)
     empty = total == 0.0
     tl.store(lse_ptr + row, tl.where(empty, -float("inf"), base + tl.log2(total) * LN2))
     out = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, total))
     at = (row // (heads * q_len)) * stride_ob + head * stride_oh + (row % q_len) * stride_ol
-    tl.store(out_ptr + at + columns, out.to(out_ptr.dtype.element_ty), mask=columns < value_dim)
+    tl.store(out_ptr + at + columns, narrow(out, out_ptr.dtype.element_ty), mask=columns < value_dim)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of attention as kernels take them: four dims, the last contiguous, masks and terms expanded by stride."""
+    """Arguments of attention as kernels take them: four dims, the last contiguous; terms are expanded by stride."""
 
     lead: torch.Size
     query: Tensor
@@ -328,7 +357,7 @@ class Inputs:
             attn_mask = flat(attn_mask.expand(*lead, *attn_mask.shape[-3:])).expand(-1, *full[-3:])
         return cls(
             lead,
-            *(_last_contiguous(flat(t.expand(*lead, *t.shape[-3:]))) for t in (query, key, value)),
+            *(_last_contiguous(flat(_led(t, lead))) for t in (query, key, value)),
             attn_mask,
             temperature,
             None if alibi_slopes is None else alibi_slopes.expand(*lead, query.shape[-3]).reshape(-1, query.shape[-3]),
@@ -368,6 +397,11 @@ class Inputs:
         """Whether distances come from differences."""
         return self.similarity > COSINE.value and self.query.dtype == torch.float32
 
+    @property
+    def busy(self) -> bool:
+        terms = (self.mask, self.seed, self.slopes)
+        return self.softcap > 0 or self.similarity != DOT.value or any(t is not None for t in terms)
+
     @cached_property
     def key_squares(self) -> Tensor | None:
         return self._squares(self.key)
@@ -383,8 +417,8 @@ class Inputs:
         out = x.new_empty((batch, heads, length), dtype=torch.float32)
         rows, width = batch * heads * length, block(dim)
         launch(
-            squared_norms, triton.cdiv(rows, max(2048 // width, 1)), x, x, out, rows, heads, length, dim, *x.stride()[:3],
-            BLOCK_R=max(2048 // width, 1), BLOCK_D=width,
+            squared_norms, cdiv(rows, max(2048 // width, 1)), x, x, out, rows, heads, length, dim,
+            *x.stride()[:3], BLOCK_R=max(2048 // width, 1), BLOCK_D=width,
         )  # fmt: skip
         return out
 
@@ -411,7 +445,11 @@ class Inputs:
 
 def flat(t: Tensor) -> Tensor:
     """Leading dims as one: a view where strides allow."""
-    return t if t.dim() == 4 else t.reshape(-1, *t.shape[-3:])
+    return t if t.dim() == 4 else t.reshape(t.shape[:-3].numel(), *t.shape[-3:])
+
+
+def _led(t: Tensor, lead: torch.Size) -> Tensor:
+    return t if t.shape[:-3] == lead else t.expand(*lead, *t.shape[-3:])
 
 
 def _last_contiguous(t: Tensor) -> Tensor:
@@ -420,14 +458,15 @@ def _last_contiguous(t: Tensor) -> Tensor:
 
 def block(width: int) -> int:
     """Power of two that holds a row; 16 is the least of a tensor core."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
-def tiles(table: dict[int, dict[int, dict[int, Any]]], x: Inputs) -> Any:
-    """The table's row for the device, the dtype and the wider of the two head dims."""
+def tiles(table: Table, x: Inputs) -> Any:
+    """The table's row for the device, the dtype, the wider of the two head dims, and what scores need."""
     by_dim = pick(table, x.query.device)[x.query.element_size()]
     dim = max(x.query.shape[3], x.value.shape[3])
-    return by_dim[min(most for most in by_dim if most >= dim)]
+    plain, busy = by_dim[min(most for most in by_dim if most >= dim)]
+    return busy if x.busy else plain
 
 
 def describable(t: Tensor) -> bool:
@@ -437,7 +476,7 @@ def describable(t: Tensor) -> bool:
 
 
 def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    """`mmkern::attention_fwd`: query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) and its other arguments
+    """`mmkern::attention_fwd`: query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) and the rest
     -> (B..., H, L, V) in memory order (B..., L, H, V), and the log-sum-exp (B..., H, L) in float32."""
     query, value = args[0], args[2]
     *lead, heads, q_len, _ = query.shape
@@ -445,7 +484,7 @@ def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty((*lead, heads, q_len), dtype=torch.float32)
     x = Inputs.of(*args)
     if lse.numel():
-        _forward(x, out.view(-1, *out.shape[-3:]).transpose(1, 2), lse)
+        _forward(x, out.view(query.shape[:-3].numel(), *out.shape[-3:]).transpose(1, 2), lse)
     return out.transpose(-3, -2), lse
 
 
@@ -456,29 +495,31 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
     rows = q_len * (heads // kv_heads if packed else 1)
     splits, split_len = 1, max(k_len, 1)
     if rows <= 64:
-        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
-        warps = min(warps, 4)
+        block_m = min(block_m, max(16, power_of_2(rows)))
+        block_n, warps = min(block_n, 64), min(warps, 4)
         if k_len > SPLIT:  # by the shape of one sequence alone: the bits must not depend on who is in the batch
-            splits, split_len = triton.cdiv(k_len, SPLIT), SPLIT
+            splits, split_len = cdiv(k_len, SPLIT), SPLIT
     parts, part_lse = out, lse
     if splits > 1:
         parts = out.new_empty((splits, batch, heads, q_len, value_dim), dtype=torch.float32)
         part_lse = lse.new_empty((splits, *lse.shape))
     key, value = x.key, x.value
     tma = tma and describable(key) and describable(value)
-    sources = [key, value]
+    descriptors = [None, None]
     if tma:
-        sources = [
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block_n, block(t.shape[3])]) for t in sources
+        descriptors = [
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block_n, block(t.shape[3])])
+            for t in (key, value)
         ]
-    m_blocks = triton.cdiv(rows, block_m)
+    m_blocks = cdiv(rows, block_m)
     launch(
-        _attention_fwd_kernel, m_blocks * splits * batch * (kv_heads if packed else heads), x.query,
-        x.query, *sources, parts, part_lse, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else x.sinks,
-        x.seed, x.key_squares, x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right, int(x.lower_right), heads,
-        kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len, *x.query.stride()[:3], *key.stride()[:3],
-        *value.stride()[:3], parts.stride(0) if splits > 1 else 0, *parts.stride()[-4:-1], lse.numel(), *x.terms,
-        **x.flags, PACKED=packed, TMA=tma, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+        _attention_fwd_kernel, m_blocks * splits * batch * (kv_heads if packed else heads), x.query, x.query, key,
+        value, *descriptors, parts, part_lse, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else
+        x.sinks, x.seed, x.key_squares, x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right,
+        int(x.lower_right), heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len,
+        *x.query.stride()[:3], *key.stride()[:3], *value.stride()[:3], parts.stride(0) if splits > 1 else 0,
+        *parts.stride()[-4:-1], lse.numel(), *x.terms, **x.flags, PACKED=packed, TMA=tma, BLOCK_M=block_m,
+        BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         launch(

@@ -4,8 +4,8 @@ With p the weights, d a row's grad_out . out - grad_lse, ds = p (grad_out . v - 
 - rows:    d, and the gradient of a sink, -sum exp(sink - lse) d.          reads grad_out and out once
 - queries: grad_query from all keys of a block of queries                   3 matmuls a tile
 - keys:    grad_key and grad_value from all queries of a block of keys      4 matmuls a tile, all of it transposed:
-           S^T = k q^T and dP^T = v grad_out^T are computed as such, since a dot's transposed result as an operand of the
-           next costs a turn through shared memory and has been miscompiled
+           S^T = k q^T and dP^T = v grad_out^T are computed as such, since a dot's transposed result as an operand
+           of the next costs a turn through shared memory and has been miscompiled
 - mask:    ds summed over whatever the mask is broadcast over               2 matmuls a tile
 Two kernels for queries and keys compute the scores twice; one would have to add to grad_query atomically.
 """
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkern.kernels.attention import Inputs, flat, tiles
+from mmkern.kernels.attention import Inputs, Table, flat, tiles
 from mmkern.kernels.attention_scores import (
     COSINE,
     DOT,
@@ -29,45 +29,70 @@ from mmkern.kernels.attention_scores import (
     inverse_norm,
     key_length,
     phases,
+    products,
     query_key,
     scores,
     similarity,
     tile,
 )
 from mmkern.kernels.attention_scores import exp as _exp
-from mmkern.kernels.launch import launch
-from mmkern.kernels.numerics import LOG2E, dot, keep_tile
+from mmkern.kernels.launch import cdiv, launch
+from mmkern.kernels.numerics import LOG2E, dot, keep_tile, narrow, wide
 
-# compute capability -> bytes of an element -> head dim up to -> rows that stay, rows that pass, warps, stages
-_Tiles = tuple[int, int, int, int]
-BACKWARD: dict[int, dict[int, dict[int, _Tiles]]] = {
-    75: {
-        2: {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 4, 1), 1024: (16, 16, 4, 1)},
-        4: {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1), 1024: (16, 16, 8, 1)},
-    },
+# As FORWARD: capability -> bytes -> head dim up to -> (plain, busy): rows that stay, rows that pass, warps, stages.
+_SINGLE = {
+    64: ((32, 32, 8, 1), (32, 32, 8, 1)),
+    128: ((32, 16, 8, 1), (16, 16, 8, 1)),
+    256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    1024: ((16, 16, 16, 1), (16, 16, 16, 1)),
+}
+_WIDE = ((16, 16, 8, 1), (16, 16, 8, 1))
+_SMALL = {
+    64: ((64, 64, 8, 2), (32, 32, 4, 1)),
+    128: ((64, 32, 8, 2), (64, 32, 8, 1)),
+    256: ((32, 16, 8, 1), (32, 16, 8, 1)),
+    1024: _WIDE,
+}
+_OLD = {64: ((32, 32, 4, 1),) * 2, 128: ((32, 16, 4, 1),) * 2, 1024: _WIDE}
+BACKWARD: Table = {
+    75: {2: _OLD, 4: _OLD},
     80: {
-        2: {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
-        4: {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1), 1024: (16, 16, 8, 1)},
+        2: {
+            64: ((64, 64, 8, 2), (32, 32, 4, 1)),
+            128: ((64, 64, 8, 2), (64, 32, 8, 2)),
+            256: ((64, 32, 8, 1), (32, 16, 8, 1)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
     },
-    86: {
-        2: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
-        4: {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1), 1024: (16, 16, 8, 1)},
-    },
+    86: {2: _SMALL, 4: _SINGLE},
     90: {
-        2: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1), 1024: (16, 16, 4, 1)},
-        4: {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1), 1024: (16, 16, 8, 1)},
+        2: {
+            64: ((128, 64, 8, 2), (64, 32, 8, 2)),
+            128: ((64, 64, 8, 2), (64, 32, 8, 2)),
+            256: ((32, 32, 8, 1), (32, 16, 8, 1)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
     },
-    120: {
-        2: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
-        4: {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1), 1024: (16, 16, 8, 1)},
+    100: {
+        2: {
+            64: ((64, 64, 4, 2), (64, 32, 8, 2)),
+            128: ((128, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((64, 32, 8, 1), (64, 32, 8, 1)),
+            1024: _WIDE,
+        },
+        4: _SINGLE,
     },
+    120: {2: _SMALL, 4: _SINGLE},
 }
 
 
 @triton.jit(do_not_specialize=["rows", "q_len"])
 def _rows_kernel(
     grad_ptr, grad_lse_ptr, out_ptr, lse_ptr, sinks_ptr, delta_ptr, sink_parts_ptr, rows, heads, q_len, value_dim,
-    stride_gb, stride_gh, stride_gl, stride_gv, stride_ob, stride_oh, stride_ol, stride_rb, stride_rh, stride_rl, stride_sh,
+    stride_gb, stride_gh, stride_gl, stride_gv, stride_ob, stride_oh, stride_ol, stride_rb, stride_rh, stride_rl,
+    stride_sh,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """delta of each row, and its share of its sink's gradient."""
@@ -77,12 +102,12 @@ def _rows_kernel(
     columns = tl.arange(0, BLOCK_V)
     inside = ok[:, None] & (columns[None, :] < value_dim)
     at = b * stride_gb + h * stride_gh + i * stride_gl
-    grad = tl.load(grad_ptr + at[:, None] + columns[None, :] * stride_gv, mask=inside, other=0.0).to(tl.float32)
-    out = tile(out_ptr, b * stride_ob + h * stride_oh + i * stride_ol, ok, columns, value_dim).to(tl.float32)
+    grad = wide(tl.load(grad_ptr + at[:, None] + columns[None, :] * stride_gv, mask=inside, other=0.0))
+    out = wide(tile(out_ptr, b * stride_ob + h * stride_oh + i * stride_ol, ok, columns, value_dim))
     delta = tl.sum(grad * out, 1)
     if grad_lse_ptr is not None:
         at = b * stride_rb + h * stride_rh + i * stride_rl
-        delta -= tl.load(grad_lse_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        delta -= wide(tl.load(grad_lse_ptr + at, mask=ok, other=0.0))
     tl.store(delta_ptr + row, delta, mask=ok)
     if sink_parts_ptr is not None:
         lse = tl.load(lse_ptr + row, mask=ok, other=0.0)
@@ -93,24 +118,26 @@ def _rows_kernel(
 
 @triton.jit
 def _score_gradients(
-    q, k, v, grad, q_ptr, q_rows, q_ok, k_ptr, k_rows, k_ok, i, j, h, row, lse, delta, q_square, k_square, length, left,
-    right, factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold, keep_scale, batch_number, start, head_dim,
+    q, k, v, grad, q_ptr, q_rows, q_ok, k_ptr, k_rows, k_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, h, row, lse,
+    delta, q_square, k_square, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold,
+    keep_scale, batch_number, start, head_dim, value_dim,
     EDGE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr, DROPOUT: tl.constexpr,
-    SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: gradients of its scores and, where capped, of what came before; similarities; the weights that met v.
 
-    lse: plus infinity where a row sees nothing, so that its weights are 0. All one-dimensional arguments come shaped to broadcast; q (M, D), k (N, D), v (N, V), grad (M, V).
+    lse: plus infinity where a row sees nothing, so that its weights are 0. All one-dimensional arguments come shaped to
+    broadcast; q (M, D), k (N, D), v (N, V), grad (M, V).
     """
     NATURAL: tl.constexpr = MASK == FLOAT_MASK
     qk = query_key(q, q_ptr, q_rows, q_ok, k, k_ptr, k_rows, k_ok, head_dim, EXACT, TRANSPOSED, PRECISION)
     sim = similarity(qk, q_square, k_square, SIMILARITY, EXACT)
+    grad_weight = products(grad, grad_ptr, grad_rows, q_ok, v, v_ptr, v_rows, k_ok, value_dim, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         i_ok = q_ok[None, :]
-        grad_weight = dot(v, tl.trans(grad), tl.zeros([v.shape[0], grad.shape[0]], tl.float32), PRECISION)
     else:
         i_ok = q_ok[:, None]
-        grad_weight = dot(grad, tl.trans(v), tl.zeros([grad.shape[0], v.shape[0]], tl.float32), PRECISION)
     s, visible, capped = scores(
         sim, i, j, i_ok, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, EDGE, MASK, CAPPED, SLOPED
     )
@@ -153,7 +180,7 @@ def _pull(ds, sim, SIMILARITY: tl.constexpr, k_inverse, dtype: tl.constexpr):
         w = tl.where((ds == 0.0) | (sim == 0.0), 0.0, -ds / sim)
     else:
         w = 2.0 * ds
-    return w.to(dtype)
+    return narrow(w, dtype)
 
 
 @triton.jit
@@ -175,9 +202,10 @@ def _finish(acc, x, x_square, weights, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def _query_step(
-    acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, row_ok, i, head, row, lse, delta, q_square,
-    k_ptr, v_ptr, k_base, v_base, k_stride, v_stride, k_square_ptr, k_square_base, length, left, right, factor, softcap,
-    slope, mask_ptr, mask_rows, mask_stride, seed, threshold, keep_scale, batch_number, k_len, head_dim, value_dim,
+    acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i, head,
+    row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, k_stride, v_stride, k_square_ptr, k_square_base, length,
+    left, right, factor, softcap, slope, mask_ptr, mask_rows, mask_stride, seed, threshold, keep_scale, batch_number,
+    k_len, head_dim, value_dim,
     EDGE: tl.constexpr, CLEAN: tl.constexpr, TEMPERATURE: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
     CAPPED: tl.constexpr, SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -186,7 +214,7 @@ def _query_step(
     UNIT: tl.constexpr = 1.0 if MASK == FLOAT_MASK else 1.4426950408889634
     start = n_block * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    j, j_ok = n[None, :], n < k_len
+    j, j_ok = n[None, :], n < length
     k_rows, v_rows = k_base + n.to(tl.int64) * k_stride, v_base + n.to(tl.int64) * v_stride
     k = tile(k_ptr, k_rows, j_ok, tl.arange(0, BLOCK_D), head_dim)
     v = tile(v_ptr, v_rows, j_ok, tl.arange(0, BLOCK_V), value_dim)
@@ -194,16 +222,16 @@ def _query_step(
     if SIMILARITY != DOT and not EXACT:
         k_square = tl.load(k_square_ptr + k_square_base + n, mask=j_ok, other=0.0)[None, :]
     ds, before_cap, sim, _ = _score_gradients(
-        q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, i, j, row * 0 + head, row, lse, delta, q_square,
-        k_square, length, left, right, factor * UNIT, softcap * UNIT, slope, mask_ptr,
+        q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, row * 0 +
+        head, row, lse, delta, q_square, k_square, length, left, right, factor * UNIT, softcap * UNIT, slope, mask_ptr,
         mask_rows[:, None] + n.to(tl.int64)[None, :] * mask_stride, seed, threshold, keep_scale, batch_number, start,
-        head_dim, EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION, BLOCK_N,
+        head_dim, value_dim, EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION, BLOCK_N,
     )  # fmt: skip
     if SIMILARITY == COSINE:
         k_inverse = inverse_norm(k_square)
     w = _pull(before_cap * factor, sim, SIMILARITY, k_inverse, k.dtype)
     if SIMILARITY > COSINE:
-        weights += tl.sum(w.to(tl.float32), 1)
+        weights += tl.sum(wide(w), 1)
     if CLEAN:
         seen = tl.max((ds != 0.0).to(tl.int32), 0) > 0
         k = tl.where(seen[:, None], k, 0.0)
@@ -218,10 +246,11 @@ def _query_step(
 @triton.jit(do_not_specialize=["q_len", "k_len", "m_blocks", "left", "right", "lower_right"])
 def _queries_kernel(
     grad_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, seed_ptr,
-    q_square_ptr, k_square_ptr, grad_q_ptr, temperature_parts_ptr, slope_parts_ptr, scale, softcap, threshold, keep_scale,
-    left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, stride_gb, stride_gh, stride_gl,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_xb, stride_xh,
-    stride_xl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah, stride_nb,
+    q_square_ptr, k_square_ptr, grad_q_ptr, temperature_parts_ptr, slope_parts_ptr, scale, softcap, threshold,
+    keep_scale, left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, stride_gb,
+    stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh,
+    stride_vl, stride_xb, stride_xh, stride_xl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab,
+    stride_ah, stride_nb,
     MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, SEEDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +284,8 @@ def _queries_kernel(
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     q_rows = b64 * stride_qb + h64 * stride_qh + row64 * stride_ql
     q = tile(q_ptr, q_rows, row_ok, d, head_dim)
-    grad = tile(grad_ptr, b64 * stride_gb + h64 * stride_gh + row64 * stride_gl, row_ok, e, value_dim)
+    grad_rows = b64 * stride_gb + h64 * stride_gh + row64 * stride_gl
+    grad = tile(grad_ptr, grad_rows, row_ok, e, value_dim)
     stats = (b64 * heads + h64) * q_len + row64
     lse, delta = _row_stats(lse_ptr, delta_ptr, stats, row_ok, UNIT)
     lse, delta = lse[:, None], delta[:, None]
@@ -278,52 +308,57 @@ def _queries_kernel(
     grad_slope = tl.zeros([BLOCK_M], tl.float32)
     for n_block in tl.range(inner_first, inner_last):
         acc, weights, grad_temperature, grad_slope = _query_step(
-            acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, row_ok, i, head, row, lse, delta,
-            q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr, k_square_base, length, left, right,
-            factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, keep_scale, batch_number, k_len,
-            head_dim, value_dim, False, False, temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED,
-            SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+            acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i,
+            head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr,
+            k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
+            keep_scale, batch_number, k_len, head_dim, value_dim, False, False, temperature_parts_ptr is not None,
+            slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D,
+            BLOCK_V,
         )  # fmt: skip
     for edge in tl.range(first, last - (inner_last - inner_first)):
         n_block = tl.where(edge < inner_first, edge, edge + (inner_last - inner_first))
         acc, weights, grad_temperature, grad_slope = _query_step(
-            acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, row_ok, i, head, row, lse, delta,
-            q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr, k_square_base, length, left, right,
-            factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, keep_scale, batch_number, k_len,
-            head_dim, value_dim, True, False, temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED,
-            SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+            acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i,
+            head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr,
+            k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
+            keep_scale, batch_number, k_len, head_dim, value_dim, True, False, temperature_parts_ptr is not None,
+            slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D,
+            BLOCK_V,
         )  # fmt: skip
-    # A NaN in a key that no query of the block sees meets its weight of 0. Then again, with such keys as 0.
-    if tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0) > 0:
+    # A NaN in a key that no query of the block sees meets its weight of 0. Then again, with such keys as 0,
+    # in narrow blocks, which cost the loops above no registers.
+    if tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1)) > 0:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         weights = tl.zeros([BLOCK_M], tl.float32)
         grad_temperature = tl.zeros([BLOCK_M], tl.float32)
         grad_slope = tl.zeros([BLOCK_M], tl.float32)
-        for n_block in tl.range(first, last, num_stages=1):
+        for n_block in tl.range(first * (BLOCK_N // 16), last * (BLOCK_N // 16), num_stages=1):
             acc, weights, grad_temperature, grad_slope = _query_step(
-                acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, row_ok, i, head, row, lse, delta,
-                q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr, k_square_base, length, left, right,
-                factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, keep_scale, batch_number, k_len,
-                head_dim, value_dim, True, True, temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED,
-                SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
+                acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows,
+                row_ok, i, head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl,
+                k_square_ptr, k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows,
+                stride_mj, seed, threshold, keep_scale, batch_number, k_len, head_dim, value_dim, True, True,
+                temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT,
+                SIMILARITY, EXACT, PRECISION, 16, BLOCK_D, BLOCK_V,
             )  # fmt: skip
     if temperature_parts_ptr is not None:
         tl.store(temperature_parts_ptr + stats, grad_temperature * scale, mask=row_ok)
     if slope_parts_ptr is not None:
         tl.store(slope_parts_ptr + stats, -grad_slope, mask=row_ok)
     if grad_q_ptr is not None:
-        acc = _finish(acc, q.to(tl.float32), q_square, weights[:, None], SIMILARITY)
+        acc = _finish(acc, wide(q), q_square, weights[:, None], SIMILARITY)
         at = b64 * stride_xb + h64 * stride_xh + row64 * stride_xl
         inside = row_ok[:, None] & (d[None, :] < head_dim)
-        tl.store(grad_q_ptr + at[:, None] + d[None, :], acc.to(grad_q_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_q_ptr + at[:, None] + d[None, :], narrow(acc, grad_q_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _key_step(
-    grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, j, j_ok, n64, k_square, grad_ptr, lse_ptr, delta_ptr, q_ptr,
-    mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold, keep_scale, batch_number, length,
-    left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh,
-    stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah,
+    grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square, grad_ptr,
+    lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold,
+    keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb,
+    stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th,
+    stride_ab, stride_ah,
     EDGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
     SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -352,19 +387,20 @@ def _key_step(
     if MASK != NO_MASK:
         mask_rows = b64 * stride_mb + h64 * stride_mh + row64 * stride_mi
     _, before_cap, sim, dropped = _score_gradients(
-        q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, (row + offset)[None, :], j, row * 0 + head, row,
-        lse[None, :], delta[None, :], q_square, k_square, length, left, right, factor * UNIT, softcap * UNIT, slope,
-        mask_ptr, mask_rows[None, :] + n64[:, None] * stride_mj, seed, threshold, keep_scale, batch_number, start, head_dim,
-        EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, True, PRECISION, BLOCK_N,
+        q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, (row +
+        offset)[None, :], j, row * 0 + head, row, lse[None, :], delta[None, :], q_square, k_square, length, left, right,
+        factor * UNIT, softcap * UNIT, slope, mask_ptr, mask_rows[None, :] + n64[:, None] * stride_mj, seed, threshold,
+        keep_scale, batch_number, start, head_dim, value_dim, EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT,
+        True, PRECISION, BLOCK_N,
     )  # fmt: skip
     if VALUE:
-        grad_v = dot(dropped.to(grad.dtype), grad, grad_v, PRECISION)
+        grad_v = dot(narrow(dropped, grad.dtype), grad, grad_v, PRECISION)
     if KEY:
         if SIMILARITY == COSINE:
             q_inverse = inverse_norm(q_square)
         w = _pull(before_cap * factor, sim, SIMILARITY, q_inverse, q.dtype)
         if SIMILARITY > COSINE:
-            weights += tl.sum(w.to(tl.float32), 1)
+            weights += tl.sum(wide(w), 1)
         grad_k = dot(w, q, grad_k, PRECISION)
     return grad_k, grad_v, weights
 
@@ -372,17 +408,15 @@ def _key_step(
 @triton.jit(do_not_specialize=["q_len", "k_len", "n_blocks", "left", "right", "lower_right"])
 def _keys_kernel(
     grad_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, seed_ptr,
-    q_square_ptr, k_square_ptr, grad_k_ptr, grad_v_ptr, scale, softcap, threshold, keep_scale,
-    left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, n_blocks, stride_gb, stride_gh, stride_gl,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_xb, stride_xh,
-    stride_xl, stride_yb, stride_yh, stride_yl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah,
+    q_square_ptr, k_square_ptr, grad_k_ptr, grad_v_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right,
+    heads, kv_heads, q_len, k_len, head_dim, value_dim, n_blocks, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh,
+    stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_xb, stride_xh, stride_xl,
+    stride_yb, stride_yh, stride_yl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah,
     stride_nb,
     MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, SEEDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value of a block of keys, from the queries of every head of its group."""
-    NATURAL: tl.constexpr = MASK == FLOAT_MASK
-    UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
     SLOPED: tl.constexpr = slopes_ptr is not None
     DROPOUT: tl.constexpr = seed_ptr is not None
     pid = tl.program_id(0)
@@ -391,10 +425,11 @@ def _keys_kernel(
     group = heads // kv_heads
     start = n_block * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    j, j_ok = n[:, None], n < k_len
+    j = n[:, None]
     b64, kv64, n64 = batch.to(tl.int64), kv_head.to(tl.int64), n.to(tl.int64)
     length = key_length(lengths_ptr, stride_nb, b64, k_len)
     offset = lower_right * (length - q_len)
+    j_ok = n < length
     seed, batch_number = 0, batch
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -403,7 +438,8 @@ def _keys_kernel(
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     k_rows = b64 * stride_kb + kv64 * stride_kh + n64 * stride_kl
     k = tile(k_ptr, k_rows, j_ok, d, head_dim)
-    v = tile(v_ptr, b64 * stride_vb + kv64 * stride_vh + n64 * stride_vl, j_ok, e, value_dim)
+    v_rows = b64 * stride_vb + kv64 * stride_vh + n64 * stride_vl
+    v = tile(v_ptr, v_rows, j_ok, e, value_dim)
     k_square = 0.0
     if SIMILARITY != DOT and not EXACT:
         k_square = tl.load(k_square_ptr + (b64 * kv_heads + kv64) * k_len + n, mask=j_ok, other=0.0)[:, None]
@@ -423,33 +459,33 @@ def _keys_kernel(
     for step in tl.range(0, group * inner):
         head, m_block = kv_head * group + step // inner, inner_first + step % inner
         grad_k, grad_v, weights = _key_step(
-            grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, j, j_ok, n64, k_square, grad_ptr, lse_ptr,
-            delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold,
-            keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb,
-            stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th,
-            stride_ab, stride_ah, False, grad_k_ptr is not None, grad_v_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT,
-            SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square,
+            grad_ptr, lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap,
+            seed, threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim,
+            value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh,
+            stride_mi, stride_mj, stride_th, stride_ab, stride_ah, False, grad_k_ptr is not None, grad_v_ptr is not
+            None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for step in tl.range(0, group * edges):
         head, edge = kv_head * group + step // edges, first + step % edges
         m_block = tl.where(edge < inner_first, edge, edge + inner)
         grad_k, grad_v, weights = _key_step(
-            grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, j, j_ok, n64, k_square, grad_ptr, lse_ptr,
-            delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold,
-            keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb,
-            stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th,
-            stride_ab, stride_ah, True, grad_k_ptr is not None, grad_v_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT,
-            SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square,
+            grad_ptr, lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap,
+            seed, threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim,
+            value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh,
+            stride_mi, stride_mj, stride_th, stride_ab, stride_ah, True, grad_k_ptr is not None, grad_v_ptr is not None,
+            MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     if grad_v_ptr is not None:
         at = b64 * stride_yb + kv64 * stride_yh + n64 * stride_yl
-        inside = j_ok[:, None] & (e[None, :] < value_dim)
-        tl.store(grad_v_ptr + at[:, None] + e[None, :], grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+        inside = (n < k_len)[:, None] & (e[None, :] < value_dim)
+        tl.store(grad_v_ptr + at[:, None] + e[None, :], narrow(grad_v, grad_v_ptr.dtype.element_ty), mask=inside)
     if grad_k_ptr is not None:
-        grad_k = _finish(grad_k, k.to(tl.float32), k_square, weights[:, None], SIMILARITY)
+        grad_k = _finish(grad_k, wide(k), k_square, weights[:, None], SIMILARITY)
         at = b64 * stride_xb + kv64 * stride_xh + n64 * stride_xl
-        inside = j_ok[:, None] & (d[None, :] < head_dim)
-        tl.store(grad_k_ptr + at[:, None] + d[None, :], grad_k.to(grad_k_ptr.dtype.element_ty), mask=inside)
+        inside = (n < k_len)[:, None] & (d[None, :] < head_dim)
+        tl.store(grad_k_ptr + at[:, None] + d[None, :], narrow(grad_k, grad_k_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "left", "right", "lower_right", "rows", "columns", "chunk", "chunks"])
@@ -499,12 +535,13 @@ def _mask_kernel(
         row = (m_tile + m_step) * BLOCK_M + tl.arange(0, BLOCK_M)
         start = (n_tile + n_step) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
-        row_ok, j_ok, row64, n64 = row < q_len, n < k_len, row.to(tl.int64), n.to(tl.int64)
+        row_ok, j_ok, row64, n64 = row < q_len, n < length, row.to(tl.int64), n.to(tl.int64)
         q_rows = b64 * stride_qb + h64 * stride_qh + row64 * stride_ql
         k_rows = b64 * stride_kb + kv64 * stride_kh + n64 * stride_kl
         q, k = tile(q_ptr, q_rows, row_ok, d, head_dim), tile(k_ptr, k_rows, j_ok, d, head_dim)
-        v = tile(v_ptr, b64 * stride_vb + kv64 * stride_vh + n64 * stride_vl, j_ok, e, value_dim)
-        grad = tile(grad_ptr, b64 * stride_gb + h64 * stride_gh + row64 * stride_gl, row_ok, e, value_dim)
+        v_rows = b64 * stride_vb + kv64 * stride_vh + n64 * stride_vl
+        grad_rows = b64 * stride_gb + h64 * stride_gh + row64 * stride_gl
+        v, grad = tile(v_ptr, v_rows, j_ok, e, value_dim), tile(grad_ptr, grad_rows, row_ok, e, value_dim)
         stats = (b64 * heads + h64) * q_len + row64
         lse, delta = _row_stats(lse_ptr, delta_ptr, stats, row_ok, 1.0)
         lse, delta = lse[:, None], delta[:, None]
@@ -512,14 +549,12 @@ def _mask_kernel(
         if SIMILARITY != DOT and not EXACT:
             q_square = tl.load(q_square_ptr + stats, mask=row_ok, other=0.0)[:, None]
             k_square = tl.load(k_square_ptr + (b64 * kv_heads + kv64) * k_len + n, mask=j_ok, other=0.0)[None, :]
-        mask_offsets = (
-            b64 * stride_mb + h64 * stride_mh + row64[:, None] * stride_mi + n64[None, :] * stride_mj
-        )
+        mask_offsets = b64 * stride_mb + h64 * stride_mh + row64[:, None] * stride_mi + n64[None, :] * stride_mj
         ds, _, _, _ = _score_gradients(
-            q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, (row + offset)[:, None], n[None, :], row * 0 + head,
-            row, lse, delta, q_square, k_square, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, seed,
-            threshold, keep_scale, batch_number, start, head_dim, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT,
-            False, PRECISION, BLOCK_N,
+            q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, (row +
+            offset)[:, None], n[None, :], row * 0 + head, row, lse, delta, q_square, k_square, length, left, right,
+            factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold, keep_scale, batch_number, start, head_dim,
+            value_dim, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION, BLOCK_N,
         )  # fmt: skip
         acc += ds
     m, n = m_tile * BLOCK_M + tl.arange(0, BLOCK_M), n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -549,7 +584,7 @@ def attention_bwd(
         for bit, t in enumerate(leaves)
     ]
     x = Inputs.of(*args)
-    batch, heads, kv_heads, q_len, k_len, head_dim, value_dim = x.sizes
+    _, heads, _, q_len, _, _, value_dim = x.sizes
     if not lse.numel():
         return tuple(f.zero_() for f in found)
     grad_out, out = (flat(t) for t in (grad_out, out))
@@ -566,7 +601,7 @@ def _backward(
     x: Inputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, found: list[Tensor], wanted: int,
     mask: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    batch, heads, kv_heads, q_len, k_len, head_dim, value_dim = x.sizes
+    batch, heads, kv_heads, q_len, k_len, _, value_dim = x.sizes
     want = [bool(wanted >> bit & 1) for bit in range(7)]
     keep, move, warps, stages = tiles(BACKWARD, x)
     options = {**x.flags, "num_warps": warps, "num_stages": stages}
@@ -577,20 +612,20 @@ def _backward(
     rows = batch * heads * q_len
     block_r = max(4096 // x.flags["BLOCK_V"], 1)
     launch(
-        _rows_kernel, triton.cdiv(rows, block_r), lse, grad_out, grad_lse, out, lse, x.sinks, delta, sinks, rows, heads,
-        q_len, value_dim, *grad_out.stride(), *out.stride()[:3], *(grad_lse.stride() if grad_lse is not None else (0, 0, 0)),
-        x.sinks.stride(0) if x.sinks is not None else 0, BLOCK_R=block_r, BLOCK_V=x.flags["BLOCK_V"],
+        _rows_kernel, cdiv(rows, block_r), lse, grad_out, grad_lse, out, lse, x.sinks, delta, sinks, rows, heads,
+        q_len, value_dim, *grad_out.stride(), *out.stride()[:3], *(grad_lse.stride() if grad_lse is not None else (0, 0,
+        0)), x.sinks.stride(0) if x.sinks is not None else 0, BLOCK_R=block_r, BLOCK_V=x.flags["BLOCK_V"],
     )  # fmt: skip
     pointers = (
-        grad_out, lse, delta, x.query, x.key, x.value, x.mask, x.temperature, x.slopes, x.lengths, x.seed, x.query_squares,
-        x.key_squares,
+        grad_out, lse, delta, x.query, x.key, x.value, x.mask, x.temperature, x.slopes, x.lengths, x.seed,
+        x.query_squares, x.key_squares,
     )  # fmt: skip
     numbers = (x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right, int(x.lower_right), *x.sizes[1:])
     strides = tuple(n for t in (grad_out, x.query, x.key, x.value) for n in t.stride()[:3])
     terms = x.terms[:-1]
     if want[0] or want[4] or want[5]:
         grad_q = flat(found[0]) if want[0] else None
-        m_blocks = triton.cdiv(q_len, keep)
+        m_blocks = cdiv(q_len, keep)
         launch(
             _queries_kernel, m_blocks * batch * heads, lse, *pointers, grad_q, temperature, slopes, *numbers, m_blocks,
             *strides, *(grad_q.stride()[:3] if grad_q is not None else (0, 0, 0)), *terms, **options, BLOCK_M=keep,
@@ -598,7 +633,7 @@ def _backward(
         )  # fmt: skip
     if want[1] or want[2]:
         grad_k, grad_v = (flat(found[i]) if want[i] else None for i in (1, 2))
-        n_blocks = triton.cdiv(k_len, keep)
+        n_blocks = cdiv(k_len, keep)
         launch(
             _keys_kernel, n_blocks * batch * kv_heads, lse, *pointers, grad_k, grad_v, *numbers, n_blocks, *strides,
             *(n for t in (grad_k, grad_v) for n in (t.stride()[:3] if t is not None else (0, 0, 0))), *terms, **options,
@@ -618,15 +653,15 @@ def _mask_gradient(
     x: Inputs, mask: Tensor, out: Tensor, pointers: tuple[Any, ...], numbers: tuple[Any, ...], strides: tuple[int, ...],
     block: tuple[int, int], options: dict[str, Any],
 ) -> None:  # fmt: skip
-    batch, heads, _, q_len, k_len, _, _ = x.sizes
+    batch, heads = x.sizes[:2]
     lead, own = mask.shape[:-3], mask.shape[-3:]
     # A mask shared by some of several leading dims: one gradient for each batch entry, summed afterwards.
     own_batch = 1 if lead.numel() == 1 else batch
     own_heads, rows, columns = own
     pairs = (batch if own_batch == 1 else 1) * (heads if own_heads == 1 else 1)
-    n_tiles = own_batch * own_heads * triton.cdiv(rows, block[0]) * triton.cdiv(columns, block[1])
-    chunk = triton.cdiv(pairs, min(pairs, triton.cdiv(512, max(n_tiles, 1))))  # enough programs, by shape alone
-    chunks = triton.cdiv(pairs, chunk)
+    n_tiles = own_batch * own_heads * cdiv(rows, block[0]) * cdiv(columns, block[1])
+    chunk = cdiv(pairs, min(pairs, cdiv(512, max(n_tiles, 1))))  # enough programs, by shape alone
+    chunks = cdiv(pairs, chunk)
     parts = out.new_empty((chunks, own_batch, *own), dtype=torch.float32)
     launch(
         _mask_kernel, n_tiles * chunks, out, *pointers, parts, *numbers, rows, columns, own_batch, own_heads,

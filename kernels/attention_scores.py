@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmkern.kernels.numerics import LOG2E, dot, tanh
+from mmkern.kernels.numerics import LOG2E, dot, tanh, wide
 
 # mmkern.reference.Similarity
 DOT = tl.constexpr(0)
@@ -123,7 +123,7 @@ def scores(
     if MASK == BOOL_MASK:
         visible = visible & (tl.load(mask_ptr + mask_offsets, mask=visible & i_ok, other=0) != 0)
     elif MASK == FLOAT_MASK:
-        bias = tl.load(mask_ptr + mask_offsets, mask=visible & i_ok, other=0.0).to(tl.float32)
+        bias = wide(tl.load(mask_ptr + mask_offsets, mask=visible & i_ok, other=0.0))
         visible = visible & (bias != -float("inf"))
         s += bias
     if EDGE or MASK != NO_MASK:
@@ -131,7 +131,7 @@ def scores(
     return s, visible, capped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def squared_norms(
     x_ptr, out_ptr, rows, heads, length, dim, stride_xb, stride_xh, stride_xl,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -140,8 +140,34 @@ def squared_norms(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     at = row // length
     offsets = (at // heads) * stride_xb + (at % heads) * stride_xh + (row % length) * stride_xl
-    x = tile(x_ptr, offsets, row < rows, tl.arange(0, BLOCK_D), dim).to(tl.float32)
+    x = wide(tile(x_ptr, offsets, row < rows, tl.arange(0, BLOCK_D), dim))
     tl.store(out_ptr + row, tl.sum(x * x, 1), mask=row < rows)
+
+
+@triton.jit
+def products(
+    x, x_ptr, x_rows, x_ok, y, y_ptr, y_rows, y_ok, width, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """x y^T (M, N), or y x^T (N, M) where TRANSPOSED, from tiles (M, D) and (N, D) and where their rows lie."""
+    if x.dtype == tl.float32 and PRECISION == "ieee":
+        # Without tensor cores a dot keeps all of its operands in registers: 16 columns at a time, from the cache.
+        if TRANSPOSED:
+            acc = tl.zeros([y.shape[0], x.shape[0]], tl.float32)
+        else:
+            acc = tl.zeros([x.shape[0], y.shape[0]], tl.float32)
+        for start in tl.range(0, width, 16, num_stages=1):
+            columns = start + tl.arange(0, 16)
+            x_part = tile(x_ptr, x_rows, x_ok, columns, width)
+            y_part = tile(y_ptr, y_rows, y_ok, columns, width)
+            if TRANSPOSED:
+                acc = dot(y_part, tl.trans(x_part), acc, PRECISION)
+            else:
+                acc = dot(x_part, tl.trans(y_part), acc, PRECISION)
+        return acc
+    elif TRANSPOSED:
+        return dot(y, tl.trans(x), tl.zeros([y.shape[0], x.shape[0]], tl.float32), PRECISION)
+    else:
+        return dot(x, tl.trans(y), tl.zeros([x.shape[0], y.shape[0]], tl.float32), PRECISION)
 
 
 @triton.jit
@@ -149,17 +175,11 @@ def query_key(
     q, q_ptr, q_rows, q_ok, k, k_ptr, k_rows, k_ok, head_dim,
     EXACT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q k^T (M, N), or k q^T (N, M) where TRANSPOSED, from tiles (M, D) and (N, D); squared distances where EXACT."""
+    """q k^T, as `products`; squared distances where EXACT."""
     if EXACT:
         if TRANSPOSED:
-            return distances(
-                q_ptr, q_rows[None, :], q_ok[None, :], k_ptr, k_rows[:, None], k_ok[:, None], head_dim
-            )
+            return distances(q_ptr, q_rows[None, :], q_ok[None, :], k_ptr, k_rows[:, None], k_ok[:, None], head_dim)
         else:
-            return distances(
-                q_ptr, q_rows[:, None], q_ok[:, None], k_ptr, k_rows[None, :], k_ok[None, :], head_dim
-            )
-    elif TRANSPOSED:
-        return dot(k, tl.trans(q), tl.zeros([k.shape[0], q.shape[0]], tl.float32), PRECISION)
+            return distances(q_ptr, q_rows[:, None], q_ok[:, None], k_ptr, k_rows[None, :], k_ok[None, :], head_dim)
     else:
-        return dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION)
+        return products(q, q_ptr, q_rows, q_ok, k, k_ptr, k_rows, k_ok, head_dim, TRANSPOSED, PRECISION)

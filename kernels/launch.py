@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 Row = TypeVar("Row")
+
+
+def cdiv(a: int, b: int) -> int:
+    """Triton's own of this name take 4 us a call."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @dataclass
@@ -63,6 +74,12 @@ def compiling(capability: int) -> Iterator[Compilation]:
         driver.set_active(before)
 
 
+@cache
+def _device_capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
 def capability(device: torch.device) -> int:
     """Compute capability of a CUDA device as major * 10 + minor; the lowest supported, 75, for any other.
 
@@ -72,8 +89,7 @@ def capability(device: torch.device) -> int:
         return _compilations[-1].capability
     if device.type != "cuda" or torch.version.hip:
         return 75
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+    return _device_capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def pick(table: Mapping[int, Row], device: torch.device) -> Row:

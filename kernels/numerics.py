@@ -12,10 +12,30 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 as dtype, rounded to nearest even. The interpreter would cut the bits that bfloat16 has not."""
+    if _INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def wide(x):
+    """As float32. The interpreter's own conversion of bfloat16 takes a hundred steps."""
+    if _INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b + acc in float32. The interpreter holds bfloat16 as integers, which its own dot does not convert."""
+    """a @ b + acc in float32. The interpreter's own dot takes the integers it holds bfloat16 as for numbers."""
     if _INTERPRET:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return acc + tl.dot(wide(a), wide(b), input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -66,3 +86,31 @@ def keep_tile(seed, threshold, batch, head, i, start_j, N: tl.constexpr):
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., a, b] is word 2 a + b
     return tl.reshape(words, [i.shape[0], N]).to(tl.int64) >= threshold
+
+
+@triton.jit
+def keep_at(seed, threshold, batch, head, i, j):
+    """`keep_tile` for single elements, integers of one shape: four times the work."""
+    w0, w1, w2, w3 = philox(seed, (j // 4).to(tl.uint32), i.to(tl.uint32), head.to(tl.uint32), batch.to(tl.uint32))
+    word = tl.where(j % 4 < 2, tl.where(j % 4 == 0, w0, w1), tl.where(j % 4 == 2, w2, w3))
+    return word.to(tl.int64) >= threshold
+
+
+@triton.jit
+def sincos(turns, position):
+    """Sine and cosine, within 1e-7, of position * turns / 2^64 whole turns; int64 that broadcast to one shape.
+
+    The product wraps where the angle does, for any position. The nearest quarter turn comes off in integers, exactly;
+    polynomials on [-pi/4, pi/4] do the rest.
+    """
+    top = ((turns * position) >> 32).to(tl.uint32, bitcast=False)
+    quarter = (top + 0x20000000) >> 30
+    rest = (top - (quarter << 30)).to(tl.int32, bitcast=True)
+    r = rest.to(tl.float32) * 1.46291807926715968e-9  # pi/2 / 2^30
+    z = r * r
+    s = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
+    c = 1.0 + z * (-0.5 + z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5)))
+    odd = (quarter & 1) == 1
+    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
+    sine = tl.where((quarter & 2) == 2, -sine, sine)
+    return sine, tl.where(((quarter + 1) & 2) == 2, -cosine, cosine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ commands.register(app)
 Ops = Annotated[str, typer.Option(help="Ops or families, comma-separated: attention, softmax, rotary, ... [all]")]
 Dtypes = Annotated[str, typer.Option("--dtype", help="Data types, comma-separated: f32, bf16, f16 [all]")]
 Quick = Annotated[bool, typer.Option("--quick", help="The smaller cases, timed briefly.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu or cuda.")]
 Full = Annotated[bool, typer.Option("--full", help="All cases, the longest sequences too, timed longer.")]
 
 
@@ -52,13 +54,17 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _select(ops: str, dtypes: str, quick: bool, full: bool) -> tuple[list[Case], str]:
+def _select(ops: str, dtypes: str, quick: bool, full: bool, device: str = "cpu") -> tuple[list[Case], str]:
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise typer.BadParameter(f"--device: expected cpu or cuda, got {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device {device}: torch {torch.__version__} finds no GPU here")
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
     level = "quick" if quick else "full" if full else "default"
     short = {s: name for name, s in report.SHORT.items()}
     try:
-        cases = suite.select(_names(ops), [short.get(d, d) for d in _names(dtypes)], level)
+        cases = suite.select(_names(ops), [short.get(d, d) for d in _names(dtypes)], level, device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if not cases:
@@ -102,26 +108,27 @@ def bench(
     dtype: Dtypes = "",
     quick: Quick = False,
     full: Full = False,
+    device: Device = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for report.json and report.md.")] = Path(),
     no_model: Annotated[bool, typer.Option("--no-model", help="Leave out the pretrained MiniLM.")] = False,
 ) -> None:
     """Check and time every op against torch's best on this machine; print tables, write report.json and report.md."""
-    cases, level = _select(ops, dtype, quick, full)
+    cases, level = _select(ops, dtype, quick, full, device)
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"--output {output} is a file, not a folder")
     console, start = _console(), time.perf_counter()
     found = report.Report(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        options={"ops": ops, "dtype": dtype, "level": level, "model": not no_model},
-        machine=machine.facts(),
+        options={"ops": ops, "dtype": dtype, "level": level, "device": device, "model": not no_model},
+        machine=machine.facts(device),
     )
-    ceilings = machine.Ceilings()
-    with_model = not no_model and not ops and not dtype
+    ceilings = machine.Ceilings(device=device)
+    with_model = not no_model and not ops and not dtype and device == "cpu"
     found.model_missing = model.missing() if with_model else "left out"
     with _progress(len(cases) + 2 * (not found.model_missing)) as step:
         for case in cases:
             step(f"{case.op} {case.shape} {case.dtype_name}")
-            found.results.append(measure(case, BUDGET[level], ceiling=ceilings))
+            found.results.append(measure(case, BUDGET[level], device, ceilings))
         if not found.model_missing:
             found.model = model.measure_model(MODEL_BUDGET[level], step)
     found.ceilings = ceilings.measured
@@ -151,14 +158,14 @@ def _show(console: Console, found: report.Report) -> None:
 
 
 @app.command()
-def verify(ops: Ops = "", dtype: Dtypes = "", quick: Quick = False, full: Full = False) -> None:
+def verify(ops: Ops = "", dtype: Dtypes = "", quick: Quick = False, full: Full = False, device: Device = "cpu") -> None:
     """Hold every case against float64, without timing; exit status 1 if one is wrong."""
-    cases, _ = _select(ops, dtype, quick, full)
+    cases, _ = _select(ops, dtype, quick, full, device)
     console, results = _console(), list[Result]()
     with _progress(len(cases)) as step:
         for case in cases:
             step(f"{case.op} {case.shape} {case.dtype_name}")
-            results.append(measure(case, timed=False))
+            results.append(measure(case, device=device, timed=False))
     bad = report.failures(results)
     header = ("op", "dtype", "cases", "right", "largest error / torch's", "backend")
     groups: dict[tuple[str, str], list[Result]] = {}

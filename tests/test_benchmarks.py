@@ -241,6 +241,28 @@ def test_selection_by_op_family_dtype_and_level():
             suite.select(**wrong)
 
 
+def test_a_gpu_gets_cases_that_fill_it():
+    cpu, gpu = suite.select(), suite.select(device="cuda")
+    known = {case.id for case in cpu}
+    more = [case for case in gpu if case.id not in known]
+    assert {case.level for case in more} == {"gpu"}
+    assert not {case.level for case in cpu} & {"gpu", "full"}
+    assert {"attention", "attention-causal", "attention-decode", "attention-backward"} <= {case.op for case in more}
+    assert min(case.flops for case in more if case.op == "attention") > 1e11
+
+
+def test_a_gpu_is_held_against_its_own_units(monkeypatch):
+    ceilings, asked = machine.Ceilings(device="cuda"), []
+    monkeypatch.setattr(ceilings, "_measure_gpu", lambda bound, moved: asked.append(bound) or 7.0)
+    for case in suite.select(["attention"], device="cuda"):
+        assert ceilings(case) == 7.0
+    half = next(case for case in suite.select(["attention"], ["float16"]) if case.bound == "fma")
+    ceilings.measured.clear()
+    asked.clear()
+    assert ceilings(half) == 7.0
+    assert asked == ["bf16_dot"]
+
+
 def test_work_is_counted_by_what_is_visible():
     found = {case.op: case for case in suite.select(["attention"], ["float32"], "quick")}
     causal = found["attention-causal"]

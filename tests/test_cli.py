@@ -19,8 +19,8 @@ def small(monkeypatch):
     """Two small cases of each dtype, briefly timed."""
     every = suite.select
 
-    def select(ops, dtypes, level):
-        return [case for case in every(ops or ["softmax"], dtypes, level) if case.flops < 1e6]
+    def select(ops, dtypes, level, device):
+        return [case for case in every(ops or ["softmax"], dtypes, level, device) if case.flops < 1e6]
 
     monkeypatch.setattr(cli.suite, "select", select)
     monkeypatch.setattr(cli, "BUDGET", dict.fromkeys(cli.BUDGET, 0.01))
@@ -75,9 +75,7 @@ def test_explain_tells_what_runs_and_why_not():
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.output.splitlines()]
     assert ["rotary", "cpu", machine.facts()["isa"], "reference"] in lines
-    assert "cpu the CPU kernels take float32, bfloat16 and float16, not torch.float64" in " ".join(
-        result.output.split()
-    )
+    assert "cpu the kernels take float32, bfloat16 and float16, not torch.float64" in " ".join(result.output.split())
     assert "rotary float64, embed_tokens float64" in result.output
     assert "rotary bfloat16" not in result.output
 
@@ -88,6 +86,7 @@ def test_explain_tells_what_runs_and_why_not():
         (["bench", "--ops", "sofmax"], "no such name: 'sofmax'; choose from"),
         (["bench", "--dtype", "int8"], "no such name: 'int8'; choose from float32, bfloat16, float16"),
         (["bench", "--quick", "--full"], "exclude each other"),
+        (["bench", "--device", "tpu"], "expected cpu or cuda, got 'tpu'"),
         (["bench", "--quick", "--ops", "attention-lengths"], "try --full"),
         (["bench", "--output", __file__], "is a file"),
         (["bench", "--colour"], "No such option: --colour"),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import timeit
+from importlib import metadata
 
 import pytest
 import torch
@@ -64,13 +65,37 @@ def test_each_instruction_set_runs_and_is_right(isa, x):
 
 
 def test_strict_raises_with_the_reason_and_not_strict_falls_back(x):
-    for name in ("cuda", "triton"):
-        with mmkern.backend(name, strict=True), pytest.raises(RuntimeError, match=f"'{name}' refused: no kernel"):
-            mmkern.softmax(x, 1)
+    with mmkern.backend("cuda", strict=True), pytest.raises(RuntimeError, match="'cuda' refused: no kernel"):
+        mmkern.softmax(x, 1)
     with mmkern.backend("cpu", strict=True), pytest.raises(RuntimeError, match=r"refused: .*float64"):
         mmkern.softmax(x.double(), 1)
     with mmkern.backend("cuda"):
         assert ran(x, 1).backend == "reference"
+
+
+def test_triton_is_refused_with_the_reason(x, monkeypatch):
+    """Off a GPU, unless Triton interprets; where it is not installed, or too old."""
+    with mmkern.backend("triton", strict=True):
+        monkeypatch.setattr(dispatch._state, "interpreting", False)
+        with pytest.raises(RuntimeError, match="'triton' refused: tensors are on cpu"):
+            mmkern.softmax(x, 1)
+        monkeypatch.undo()
+    for version, reason in ((None, "not installed: pip install"), ("3.5.1", "needs Triton >= 3.6, found 3.5.1")):
+
+        def installed(name, version=version):
+            if version is None:
+                raise metadata.PackageNotFoundError(name)
+            return version
+
+        dispatch._without_triton.cache_clear()
+        monkeypatch.setattr(dispatch.metadata, "version", installed)
+        try:
+            assert reason in dispatch._without_triton()
+            with mmkern.backend("triton", strict=True), pytest.raises(RuntimeError, match="refused"):
+                mmkern.softmax(x, 1)
+        finally:
+            monkeypatch.undo()
+            dispatch._without_triton.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ ARROWS = {
     "mmkern/integrations": {"mmkern", "mmkern.ops", "mmkern.integrations"},
     "mmkern/nn": {"mmkern", "mmkern.nn"},
     "mmkern/model": {"mmkern", "mmkern.nn", "mmkern.model"},
+    "mmkern/training": {"mmkern", "mmkern.model", "mmkern.training"},
     "kernels": {"mmkern.kernels"},
 }
 C_HEADERS = {"cmath", "cstddef", "cstdint", "cstring", "immintrin.h", "arm_neon.h"}

@@ -87,7 +87,8 @@ class Op:
         fake: output shapes, dtypes and strides for tracing.
         kernels: backend name -> function of the schema's arguments that returns None where that backend's
             kernel can run the call, or the reason why not. Whether the tensors are on its device is checked here.
-        triton: "file.function" of the launcher in mmkern.kernels, which takes the schema's arguments; "" if none.
+        triton: "file.function" of the launcher in mmkern.kernels, which takes the schema's arguments; or, of an op made
+            of others, its function itself; "" if none.
         backward: gradients of the kernel's outputs, None where one got none; the schema's arguments; the outputs;
             and for each argument whether its gradient is wanted -> one gradient (or None) for each argument. It
             calls another Op, whose reference formula gives second derivatives. Without it, the reference formula
@@ -107,7 +108,7 @@ class Op:
         backward: Backward | None = None,
         save: Callable[[Values, Values], tuple[Values, Values]] = lambda args, outputs: (args, outputs),
         hidden: bool = False,
-        triton: str = "",
+        triton: str | Callable[..., Any] = "",
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.reference = reference
@@ -120,7 +121,7 @@ class Op:
         torch.library.register_fake(f"mmkern::{self.name}", fake, lib=_library)
         self.triton = triton
         if triton:
-            _library.impl(self.name, self._launch, "CUDA")
+            _library.impl(self.name, self._on_cuda, "CUDA")
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
         # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
         types = [str(argument.type) for argument in self._dispatch._schema.arguments]
@@ -144,10 +145,19 @@ class Op:
             return _Differentiable.apply(self, *args)
         return kernel(*args)[0] if self.hidden else kernel(*args)
 
+    def direct(self, *args: Any) -> Any:
+        """The kernel of the tensors' device, all of its outputs, no autograd: for ops made of others."""
+        return self._launch(*args) if _state.interpreting else self._dispatch(*args)
+
+    def _on_cuda(self, *args: Any) -> Any:
+        return self._launch(*args)
+
     def _launch(self, *args: Any) -> Any:
         """The Triton kernel, imported when first needed."""
-        module, function = self.triton.split(".")
-        launcher = getattr(import_module(f"mmkern.kernels.{module}"), function)
+        launcher = self.triton
+        if isinstance(launcher, str):
+            module, function = launcher.split(".")
+            launcher = getattr(import_module(f"mmkern.kernels.{module}"), function)
         self._launch = launcher  # type: ignore[method-assign]
         return launcher(*args)
 
@@ -213,7 +223,7 @@ class _Differentiable(torch.autograd.Function):
     # Without setup_context, for which torch would inspect the signature at every call: 30 us.
     @staticmethod
     def forward(ctx: Any, op: Op, *args: Any) -> Any:
-        output = op._launch(*args) if _state.interpreting else op._dispatch(*args)
+        output = op.direct(*args)
         kept: Values = args
         outputs: Values = ()
         if op.backward is not None:

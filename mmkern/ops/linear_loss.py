@@ -10,26 +10,30 @@ import torch
 from torch import Tensor
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op, Values, _library, _transformed
-from mmkern.ops.loss import _REDUCTIONS, _check_options, _check_weight
+from mmkern.ops.dispatch import Op, Refusal, Values, _library, _state, _transformed
+from mmkern.ops.loss import _REDUCTIONS, _check_options, _check_weight, _cross_entropy, _scale_
 from mmkern.reference.gradients import formula_gradients
 from mmkern.reference.linear_loss import kept_dtype
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NONE, _MEAN, _SUM = range(3)
 _BUDGET = 32 << 20  # bytes of a chunk's logits, and of their gradient: larger ones are no faster
+_GPU_BUDGET = 256 << 20  # a matmul of fewer rows leaves a GPU idle
 _BLOCK = 1024  # rows of weight whose gradient is added at a time
 _FEWEST_ROWS = 16  # of a chunk: fewer would read the whole weight for too little work
 
 
-def _refuse_cpu(hidden: Tensor, *_: object) -> str | None:
+def _refuse(hidden: Tensor, *_: object) -> str | None:
     if hidden.dtype not in _KERNEL_DTYPES:
-        return f"the CPU kernels take float32, bfloat16 and float16, not {hidden.dtype}"
+        return f"the kernels take float32, bfloat16 and float16, not {hidden.dtype}"
     return None
 
 
-def _rows(classes: int, itemsize: int, chunk_size: int) -> int:
-    return chunk_size or max(_FEWEST_ROWS, _BUDGET // (max(1, classes) * itemsize))
+_KERNELS: dict[str, Refusal] = {"cpu": _refuse, "triton": _refuse}
+
+
+def _rows(classes: int, itemsize: int, chunk_size: int, budget: int = _BUDGET) -> int:
+    return chunk_size or max(_FEWEST_ROWS, budget // (max(1, classes) * itemsize))
 
 
 @torch.no_grad()
@@ -106,6 +110,66 @@ def _chunked(
     return losses / divisor if reduction == _MEAN else losses, [grad_hidden, grad_weight, grad_bias]
 
 
+@torch.no_grad()
+def _chunked_on_gpu(
+    grad_loss: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    chunk_size: int,
+    wanted: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """`_chunked` without a value that the host would have to wait for: ignored rows are multiplied too, by 0."""
+    rows, classes = len(hidden), len(weight)
+    losses = hidden.new_zeros(rows if reduction == _NONE else (), dtype=torch.float32)
+    grad_hidden = hidden.new_empty(hidden.shape if wanted & 1 else 0, dtype=kept_dtype(hidden))
+    grad_weight = hidden.new_zeros(weight.shape if wanted & 2 else 0, dtype=torch.float32)
+    grad_bias = hidden.new_zeros(classes if wanted & 4 else 0, dtype=torch.float32)
+    step = _rows(classes, weight.element_size(), chunk_size, _GPU_BUDGET)
+    buffer = weight.new_empty(min(step, rows), classes)
+    for start in range(0, rows, step):
+        place = slice(start, min(start + step, rows))
+        part, logits = hidden[place], buffer[: place.stop - start]
+        if bias is None:
+            torch.mm(part, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, part, weight.t(), out=logits)
+        options = ignore_index, reduction and _SUM, label_smoothing, True, int(wanted > 0)
+        loss, grad, *_ = _cross_entropy.direct(logits, target[place], class_weight, *options)
+        if reduction == _NONE:
+            losses[place] = loss
+        else:
+            losses += loss
+        if grad_loss is not None and wanted:
+            of_rows = torch.where(target[place] == ignore_index, 0.0, grad_loss[place])  # 0 * inf is not 0
+            _scale_.direct(grad, of_rows, None)
+        if wanted & 1:
+            grad_hidden[place] = grad @ weight
+        if wanted & 2:
+            grad_weight += grad.t() @ part
+        if wanted & 4:
+            grad_bias += grad.sum(0, dtype=torch.float32)
+    found = [grad_hidden, grad_weight, grad_bias]
+    if reduction == _MEAN:
+        divisor = _gpu_divisor(target, class_weight, ignore_index)
+        losses = losses / divisor
+        # Of a mean over nothing only the loss is NaN.
+        found = [torch.where(divisor == 0, 0.0, g / divisor).to(g.dtype) for g in found]
+    return losses, found
+
+
+def _gpu_divisor(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    counted = target != ignore_index
+    if class_weight is None:
+        return counted.sum().float()
+    return torch.where(counted, class_weight.double()[target.clamp(0, len(class_weight) - 1)], 0.0).sum().float()
+
+
 def _check_classes(target: Tensor, classes: int) -> None:
     if target.numel():
         low, high = (int(t) for t in target.aminmax())
@@ -122,13 +186,14 @@ def _divisor(target: Tensor, class_weight: Tensor | None) -> Tensor:
     return (class_weight.double() * counts).cumsum(0)[-1].float()
 
 
-def _forward_cpu(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    with torch.autocast("cpu", enabled=False):
-        loss, found = _chunked(None, hidden, weight, target, bias, *rest)
+def _forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        chunked = _chunked if hidden.is_cpu and not _state.interpreting else _chunked_on_gpu
+        loss, found = chunked(None, hidden, weight, target, bias, *rest)
         return loss, *(g.to(kept_dtype(hidden)) for g in found)
 
 
-def _backward_cpu(
+def _backward_none(
     grad_loss: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -138,9 +203,10 @@ def _backward_cpu(
     ignore_index: int,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         options = class_weight, ignore_index, _NONE, *rest
-        _, found = _chunked(grad_loss.contiguous(), hidden, weight, target, bias, *options)
+        chunked = _chunked if hidden.is_cpu and not _state.interpreting else _chunked_on_gpu
+        _, found = chunked(grad_loss.contiguous(), hidden, weight, target, bias, *options)
         return tuple(g.to(hidden.dtype) for g in found)
 
 
@@ -185,7 +251,8 @@ _rows_backward = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_backward,
     fake=lambda grad_loss, hidden, weight, *rest: _fake_gradients(hidden, weight, rest[-1], hidden.dtype),
-    kernels={"cpu": lambda grad_loss, hidden, *_: _refuse_cpu(hidden)},
+    kernels=dict.fromkeys(("cpu", "triton"), lambda grad_loss, hidden, *_: _refuse(hidden)),
+    triton=_backward_none,
     backward=_backward_twice,
     save=lambda args, outputs: (args, (None, None, None)),
 )
@@ -197,7 +264,10 @@ def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[boo
     found: list[Tensor | None] = [None] * len(args)
     if reduction == _NONE or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
         if reduction == _MEAN:
-            grad_loss = grad_loss / _divisor(target[target != ignore_index], class_weight)
+            if target.is_cpu and not _state.interpreting:
+                grad_loss = grad_loss / _divisor(target[target != ignore_index], class_weight)
+            else:
+                grad_loss = grad_loss / _gpu_divisor(target, class_weight, ignore_index)
         bits = sum(wanted[i] << bit for bit, i in enumerate(places))
         options = class_weight, ignore_index, *rest[:-1], bits
         gradients = _rows_backward(grad_loss.expand(target.shape), hidden, weight, target, bias, *options)
@@ -222,13 +292,14 @@ _linear_cross_entropy = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy,
     fake=_fake,
-    kernels={"cpu": _refuse_cpu},
+    kernels=_KERNELS,
+    triton=_forward,
     backward=_backward,
     save=lambda args, outputs: (args, (None, *outputs[1:])),
     hidden=True,
 )
-_library.impl("linear_cross_entropy_fwd", _forward_cpu, "CPU")
-_library.impl("linear_cross_entropy_bwd", _backward_cpu, "CPU")
+_library.impl("linear_cross_entropy_fwd", _forward, "CPU")
+_library.impl("linear_cross_entropy_bwd", _backward_none, "CPU")
 
 
 def linear_cross_entropy(

@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op, Values, _transformed
+from mmkern.ops.dispatch import Op, Refusal, Values, _transformed
 from mmkern.reference.gradients import formula_gradients
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-def _refuse_cpu(input: Tensor, target: Tensor, *_: object) -> str | None:
+def _refuse(input: Tensor, target: Tensor, *_: object) -> str | None:
     for t in (input, target):
         if t.dtype not in _KERNEL_DTYPES and t.dtype != torch.int64:
-            return f"the CPU kernels take float32, bfloat16 and float16, not {t.dtype}"
+            return f"the kernels take float32, bfloat16 and float16, not {t.dtype}"
     return None
+
+
+_SCALES: dict[str, Refusal] = dict.fromkeys(("cpu", "triton"), lambda grad, *_: _refuse(grad, grad))
 
 
 def _fake(
@@ -68,13 +71,15 @@ _scale = Op(
     "cross_entropy_bwd(Tensor grad, Tensor grad_loss, Tensor? unit) -> Tensor",
     reference=reference.cross_entropy_backward,
     fake=lambda grad, grad_loss, unit: _like(grad),
-    kernels={"cpu": lambda grad, *_: _refuse_cpu(grad, grad)},
+    kernels=_SCALES,
+    triton="loss.cross_entropy_bwd",
 )
 _scale_ = Op(
     "cross_entropy_bwd_(Tensor(a!) grad, Tensor grad_loss, Tensor? unit) -> ()",
     reference=reference.cross_entropy_backward_,
     fake=lambda grad, grad_loss, unit: None,
-    kernels={"cpu": lambda grad, *_: _refuse_cpu(grad, grad)},
+    kernels=_SCALES,
+    triton="loss.cross_entropy_bwd_",
 )
 
 
@@ -115,7 +120,8 @@ _cross_entropy = Op(
     "float label_smoothing, bool wide, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.cross_entropy,
     fake=_fake,
-    kernels={"cpu": _refuse_cpu},
+    kernels={"cpu": _refuse, "triton": _refuse},
+    triton="loss.cross_entropy_fwd",
     backward=_backward,
     save=_save,
     hidden=True,

@@ -8,18 +8,23 @@ import torch
 from torch import Tensor
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op, Values
+from mmkern.ops.dispatch import Op, Refusal, Values
 
 ENCODINGS = ("sinusoidal", "scalar", "sincos2d")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _refuse_dtype(dtype: torch.dtype) -> str | None:
-    return "the CPU kernels take float32, bfloat16 and float16, not torch.float64" if dtype == torch.float64 else None
+    return "the kernels take float32, bfloat16 and float16, not torch.float64" if dtype == torch.float64 else None
 
 
 def _refuse(x: Tensor, *_: object) -> str | None:
     return _refuse_dtype(x.dtype)
+
+
+def refusals(refuse: Refusal) -> dict[str, Refusal]:
+    """The kernels of either device take the same calls."""
+    return {"cpu": refuse, "triton": refuse}
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -37,14 +42,16 @@ _table_backward = Op(
     "Tensor? dropout_seed) -> Tensor",
     reference=reference.position_table_gradient,
     fake=lambda grad, max_length, *_: grad.new_empty(max_length, grad.shape[-1]),
-    kernels={"cpu": _refuse},
+    kernels=refusals(_refuse),
+    triton="position.position_table_bwd",
 )
 _embed_backward = Op(
     "embed_tokens_bwd(Tensor grad, Tensor tokens, SymInt vocabulary, float scale, float dropout_p, int? padding_idx, "
     "Tensor? dropout_seed) -> Tensor",
     reference=reference.embedding_gradient,
     fake=lambda grad, tokens, vocabulary, *_: grad.new_empty(vocabulary, grad.shape[-1]),
-    kernels={"cpu": _refuse},
+    kernels=refusals(_refuse),
+    triton="position.embed_tokens_bwd",
 )
 
 
@@ -73,7 +80,8 @@ _add = Op(
     "float dropout_p, Tensor? dropout_seed) -> Tensor",
     reference=reference.add_positional_encoding,
     fake=lambda x, *_: _empty_rows(x),
-    kernels={"cpu": _refuse},
+    kernels=refusals(_refuse),
+    triton="position.add_positional_encoding_fwd",
     backward=_add_backward,
     save=lambda args, outputs: ((None, *args[1:]), ()),
 )
@@ -82,7 +90,8 @@ _embed = Op(
     "float scale, float dropout_p, int? padding_idx, Tensor? dropout_seed) -> Tensor",
     reference=reference.embed_tokens,
     fake=lambda tokens, weight, *_: weight.new_empty(*tokens.shape, weight.shape[1]),
-    kernels={"cpu": lambda tokens, weight, *_: _refuse_dtype(weight.dtype)},
+    kernels=refusals(lambda tokens, weight, *_: _refuse_dtype(weight.dtype)),
+    triton="position.embed_tokens_fwd",
     backward=_embed_tokens_backward,
     save=lambda args, outputs: (args, ()),
 )

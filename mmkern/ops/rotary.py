@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmkern import reference
 from mmkern.ops.dispatch import Op, Values
-from mmkern.ops.position import _FLOATING, _empty_rows, _kind, _refuse_dtype
+from mmkern.ops.position import _FLOATING, _empty_rows, _kind, _refuse_dtype, refusals
 
 
 def _turn_back(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -30,7 +30,8 @@ _rotary = Op(
     "-> Tensor",
     reference=reference.rotary,
     fake=lambda q, *_: _empty_rows(q),
-    kernels={"cpu": lambda q, *_: _refuse_dtype(q.dtype)},
+    kernels=refusals(lambda q, *_: _refuse_dtype(q.dtype)),
+    triton="rotary.rotary_fwd",
     backward=_turn_back,
     save=lambda args, outputs: ((None, *args[1:]), ()),
 )
@@ -39,7 +40,8 @@ _rotary_qk = Op(
     "bool inverse) -> (Tensor, Tensor)",
     reference=reference.rotary_qk,
     fake=lambda q, k, *_: (_empty_rows(q), _empty_rows(k)),
-    kernels={"cpu": lambda q, *_: _refuse_dtype(q.dtype)},
+    kernels=refusals(lambda q, *_: _refuse_dtype(q.dtype)),
+    triton="rotary.rotary_qk_fwd",
     backward=_turn_back,
     save=lambda args, outputs: ((None, None, *args[2:]), ()),
 )

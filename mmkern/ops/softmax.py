@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op, Values
+from mmkern.ops.dispatch import Op, Refusal, Values
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _refuse_cpu(input: Tensor, *_: object) -> str | None:
+def _refuse(input: Tensor, *_: object) -> str | None:
     if input.dtype not in _KERNEL_DTYPES:
-        return f"the CPU kernels take float32, bfloat16 and float16, not {input.dtype}"
+        return f"the kernels take float32, bfloat16 and float16, not {input.dtype}"
     return None
+
+
+_KERNELS: dict[str, Refusal] = {"cpu": _refuse, "triton": _refuse}
 
 
 def _fake(input: Tensor, *_: object) -> Tensor:
@@ -34,13 +37,15 @@ _softmax_backward = Op(
     "softmax_bwd(Tensor grad, Tensor output, int dim) -> Tensor",
     reference.softmax_backward,
     _fake_backward,
-    {"cpu": _refuse_cpu},
+    _KERNELS,
+    triton="softmax.softmax_bwd",
 )
 _log_softmax_backward = Op(
     "log_softmax_bwd(Tensor grad, Tensor output, int dim) -> Tensor",
     reference.log_softmax_backward,
     _fake_backward,
-    {"cpu": _refuse_cpu},
+    _KERNELS,
+    triton="softmax.log_softmax_bwd",
 )
 
 
@@ -52,7 +57,8 @@ _softmax = Op(
     "softmax_fwd(Tensor input, int dim) -> Tensor",
     reference.softmax,
     _fake,
-    {"cpu": _refuse_cpu},
+    _KERNELS,
+    triton="softmax.softmax_fwd",
     backward=lambda grads, args, outputs, wanted: [_softmax_backward(grads[0], outputs[0], args[1]), None],
     save=_save_output,
 )
@@ -60,7 +66,8 @@ _log_softmax = Op(
     "log_softmax_fwd(Tensor input, int dim) -> Tensor",
     reference.log_softmax,
     _fake,
-    {"cpu": _refuse_cpu},
+    _KERNELS,
+    triton="softmax.log_softmax_fwd",
     backward=lambda grads, args, outputs, wanted: [_log_softmax_backward(grads[0], outputs[0], args[1]), None],
     save=_save_output,
 )
@@ -68,13 +75,15 @@ _softmax_out = Op(
     "softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
     reference.softmax_out,
     lambda input, dim, out: None,
-    {"cpu": _refuse_cpu},
+    _KERNELS,
+    triton="softmax.softmax_out",
 )
 _log_softmax_out = Op(
     "log_softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
     reference.log_softmax_out,
     lambda input, dim, out: None,
-    {"cpu": _refuse_cpu},
+    _KERNELS,
+    triton="softmax.log_softmax_out",
 )
 
 
@@ -93,7 +102,8 @@ _masked_softmax_backward = Op(
     "float dropout_p, Tensor? dropout_seed, int wanted) -> (Tensor, Tensor, Tensor)",
     reference.masked_softmax_backward,
     _fake_masked_backward,
-    {"cpu": _refuse_cpu},
+    _KERNELS,
+    triton="softmax.masked_softmax_bwd",
 )
 
 
@@ -116,7 +126,8 @@ _masked_softmax = Op(
     "Tensor? dropout_seed) -> Tensor",
     reference.masked_softmax,
     _fake,
-    {"cpu": _refuse_cpu},
+    _KERNELS,
+    triton="softmax.masked_softmax_fwd",
     backward=_masked_backward,
     save=_save_masked,
 )

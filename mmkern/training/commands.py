@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,9 +85,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of training.steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of training.seed.")] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="On the reference ops: the same curve, slower.")] = False,
 ) -> None:
     """Train a model of pictures and text; without CONFIG on 3,800 emoji, in minutes on two CPU cores."""
     with _one_line():
+        import mmkern
         from mmkern.training import checkpoints
         from mmkern.training.config import ConfigError, parse, read
         from mmkern.training.loop import CHECKPOINTS
@@ -107,7 +109,7 @@ def train(
             chosen = kept
         elif started.exists():
             raise typer.BadParameter(f"--output {output} holds a run; go on with --resume, or choose another folder")
-        with _distributed():
+        with _distributed(), mmkern.backend("reference") if reference else nullcontext():
             _train(chosen, output, checkpoints, CHECKPOINTS, resume)
 
 
