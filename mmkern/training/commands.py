@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -85,7 +84,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of training.steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of training.seed.")] = None,
-    reference: Annotated[bool, typer.Option("--reference", help="On the reference ops: the same curve, slower.")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="On reference ops: the same, slower.")] = False,
 ) -> None:
     """Train a model of pictures and text; without CONFIG on 3,800 emoji, in minutes on two CPU cores."""
     with _one_line():
@@ -119,7 +118,7 @@ def _distributed() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not dist.is_torchelastic_launched():
         yield
         return
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
