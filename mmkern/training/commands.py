@@ -226,7 +226,7 @@ def _shown(predictions: Sequence[Prediction]) -> list[Prediction]:
 def _table(title: str, found: dict[str, dict[str, Any]]) -> Table:
     names = [n for n in dict.fromkeys(n for v in found.values() for n in v) if n != "confusion"]
     table = Table(title=title, title_justify="left")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     for group, values in found.items():

@@ -62,8 +62,8 @@ class DataConfig(_Section):
 class TrainingConfig(_Section):
     """How it is learned."""
 
-    steps: int = Field(default=1200, ge=1)
-    batch_size: int = Field(default=64, ge=1)  # over all processes
+    steps: int = Field(default=2400, ge=1)
+    batch_size: int = Field(default=32, ge=1)  # over all processes
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bf16"] = "float32"
@@ -83,9 +83,9 @@ class TrainingConfig(_Section):
     weights: dict[Literal["text", "class", "image", "distill"], float] = {}  # of the losses; 1 unless given
     teacher: Path | None = None  # run folder of a model whose answers are learned too
     temperature: float = Field(default=2.0, gt=0)  # of teacher and student
-    evaluate_every: int = Field(default=250, ge=1)  # steps
-    checkpoint_every: int = Field(default=250, ge=1)  # steps
-    evaluation_samples: int = Field(default=512, ge=1)  # of the validation split, at most
+    evaluate_every: int = Field(default=400, ge=1)  # steps
+    checkpoint_every: int = Field(default=200, ge=1)  # steps
+    evaluation_samples: int = Field(default=384, ge=1)  # of the validation split, at most
 
 
 class RunConfig(_Section):

@@ -120,11 +120,12 @@ def samples(tasks: Sequence[str], seed: int) -> tuple[list[list[dict[str, Any]]]
             if "fits" in tasks:
                 draw = random.Random(f"{seed} {e.code}")
                 others = [o.name for o in several if o.name != e.name]
-                # half of what does not fit is another variant of the same thing: only the details tell
-                other = draw.choice(others) if others and draw.random() < 0.5 else draw.choice(names)
-                for said, answer in ((e.name, "yes"), (other, "no")):
-                    if answer == "yes" or said != e.name:
-                        splits[place].append(_sample(e, FITS_PROMPT.format(said), answer, None, "fits"))
+                said, answer = e.name, "yes"
+                if draw.random() < 0.5:
+                    # half of what does not fit is another variant of the same thing: only the details tell
+                    wrong = others if others and draw.random() < 0.5 else names
+                    said, answer = draw.choice([name for name in wrong if name != e.name]), "no"
+                splits[place].append(_sample(e, FITS_PROMPT.format(said), answer, None, "fits"))
     return splits, classes
 
 
