@@ -3,13 +3,17 @@
 import json
 import pickle
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from mmkern import cli
-from mmkern.training import compress, records, run_page
+from mmkern.training import checkpoints, compress, records, run_page
 from mmkern.training.evaluation import Prediction
 
 CONFIG = """
@@ -221,6 +225,34 @@ def test_a_finished_run_resumed_stays_as_it_is_and_a_damaged_checkpoint_is_passe
     for path in (tmp_path / "run/checkpoints").iterdir():
         (path / "model.safetensors").write_bytes(b"")
     assert "model.safetensors: has 0 bytes" in refused(capsys, "evaluate", tmp_path / "run")
+
+
+def test_a_student_of_another_size_learns_from_a_run(run, capsys, tmp_path):
+    text = CONFIG.format(steps=20).replace("width = 32", "width = 16").replace('"shapes"', f'"{run / "shapes"}"')
+    (tmp_path / "config.toml").write_text(text + f'teacher = "{run / "run"}"\ntemperature = 3.0\n')
+    code, _, err = ask(capsys, "train", tmp_path / "config.toml", "--output", tmp_path / "student")
+    assert code == 0, err
+    first = records.read(tmp_path / "student")[0]
+    assert {"text", "class", "distill_text", "distill_class"} <= first.keys()
+    assert first["loss"] == pytest.approx(sum(first[n] for n in ("text", "class", "distill_text", "distill_class")))
+    (tmp_path / "config.toml").write_text(
+        (tmp_path / "config.toml").read_text().replace("image_size = 24", "image_size = 32")
+    )
+    line = refused(capsys, "train", tmp_path / "config.toml", "--output", tmp_path / "other")
+    assert "model.image_size: 32, but 24 in" in line
+
+
+def test_an_interrupted_run_says_how_to_go_on(run, tmp_path):
+    command = [sys.executable, "-m", "mmkern.cli", "train", str(run / "config.toml"), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/checkpoints/step-00000015").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines()[-1] == f"mmkern: stopped; mmkern train --output {tmp_path / 'run'} --resume goes on"
+    assert "Traceback" not in err
+    assert checkpoints.last_good(tmp_path / "run/checkpoints")[0].step >= 15
 
 
 def test_pruning_takes_the_smallest_and_int8_stays_close():

@@ -108,8 +108,12 @@ def train(
             chosen = kept
         elif started.exists():
             raise typer.BadParameter(f"--output {output} holds a run; go on with --resume, or choose another folder")
-        with _distributed(), mmkern.backend("reference") if reference else nullcontext():
-            _train(chosen, output, checkpoints, CHECKPOINTS, resume)
+        try:
+            with _distributed(), mmkern.backend("reference") if reference else nullcontext():
+                _train(chosen, output, checkpoints, CHECKPOINTS, resume)
+        except KeyboardInterrupt:
+            typer.echo(f"mmkern: stopped; mmkern train --output {output} --resume goes on", err=True)
+            raise typer.Exit(130) from None
 
 
 @contextmanager

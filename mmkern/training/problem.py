@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,13 @@ def loader(steps: Steps, start: int, stop: int, workers: int) -> DataLoader[Batc
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),
+        worker_init_fn=_leave_interrupts,
     )
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C is the training process's, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Batch) -> Batch:
