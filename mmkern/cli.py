@@ -1,4 +1,4 @@
-"""The command line: `mmkern info | explain | verify | bench`."""
+"""The command line: `mmkern info | explain | verify | bench`, and those of mmkern.training.commands."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import torch
 import mmkern
 from mmkern.benchmarks import machine, model, report, suite
 from mmkern.benchmarks.measure import DTYPES, Case, Result, measure
+from mmkern.training import commands
 
 BUDGET = {"quick": 0.15, "default": 0.15, "full": 2.0}  # seconds of timing per case
 MODEL_BUDGET = {"quick": 8.0, "default": 16.0, "full": 60.0}
@@ -36,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+commands.register(app)
 Ops = Annotated[str, typer.Option(help="Ops or families, comma-separated: attention, softmax, rotary, ... [all]")]
 Dtypes = Annotated[str, typer.Option("--dtype", help="Data types, comma-separated: f32, bf16, f16 [all]")]
 Quick = Annotated[bool, typer.Option("--quick", help="The smaller cases, timed briefly.")]

@@ -1,0 +1,1 @@
+"""Training of the multimodal model: data, loop, checkpoints, and the commands around them."""

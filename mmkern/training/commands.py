@@ -1,0 +1,369 @@
+"""The commands `mmkern train | evaluate | generate | classify`; heavy imports wait until one of them runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmkern.model import MultimodalModel
+    from mmkern.training.config import RunConfig
+    from mmkern.training.evaluation import Prediction
+    from mmkern.training.problem import Problem
+    from mmkern.training.runs import Run
+
+PICTURES = 48  # on the page, of each task
+TEST = "test.json"
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `mmkern train` wrote.")]
+Prune = Annotated[float, typer.Option(help="Set this share of the weights to zero, the smallest ones.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Linear layers with int8 weights.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: CUDA where there is one.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    for command in (train, evaluate, generate, classify):
+        app.command()(command)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What the user can mend is one line and status 2, never a traceback."""
+    try:
+        from mmkern.training.checkpoints import CheckpointError
+        from mmkern.training.config import ConfigError
+        from mmkern.training.loop import TrainingError
+    except ImportError as missing:
+        raise typer.BadParameter(f"needs {missing.name}, which is not installed: pip install 'mmkern[train]'") from None
+    try:
+        yield
+    except (CheckpointError, ConfigError, TrainingError) as error:
+        raise typer.BadParameter(str(error)) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise typer.BadParameter(f"{where}{error.strerror or error}") from None
+
+
+@contextmanager
+def _progress(total: int, text: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; call what it yields with how many steps were made, and the text beside the bar."""
+    columns = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn()
+    console = Console(stderr=True)
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=quiet)
+    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
+    log = logging.getLogger("mmkern.training")
+    log.handlers, log.propagate = ([] if quiet else [handler]), False
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    with bar:
+        task = bar.add_task(text, total=total)
+
+        def step(done: int, said: str = "") -> None:
+            bar.update(task, advance=done, description=said or text)
+
+        yield step
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file [the defaults].")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/default"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of training.steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of training.seed.")] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="On reference ops: the same, slower.")] = False,
+) -> None:
+    """Train a model of pictures and text; without CONFIG on 3,800 emoji, in minutes on two CPU cores."""
+    with _one_line():
+        import mmkern
+        from mmkern.training import checkpoints
+        from mmkern.training.config import ConfigError, parse, read
+        from mmkern.training.loop import CHECKPOINTS
+
+        changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
+        chosen = read(config) if config else parse({})
+        chosen = chosen.model_copy(update={"training": chosen.training.model_copy(update=changes)})
+        started = output / "config.json"
+        if output.exists() and not output.is_dir():
+            raise typer.BadParameter(f"--output {output} is a file, not a folder")
+        if resume:
+            if not started.exists():
+                raise typer.BadParameter(f"--resume: {output} holds no run (no config.json)")
+            kept = parse(json.loads(started.read_text()), str(started))
+            if (config or changes) and kept != chosen:
+                raise ConfigError(f"--resume: the run's own configuration, {started}, differs; leave the others out")
+            chosen = kept
+        elif started.exists():
+            raise typer.BadParameter(f"--output {output} holds a run; go on with --resume, or choose another folder")
+        try:
+            with _distributed(), mmkern.backend("reference") if reference else nullcontext():
+                _train(chosen, output, checkpoints, CHECKPOINTS, resume)
+        except KeyboardInterrupt:
+            typer.echo(f"mmkern: stopped; mmkern train --output {output} --resume goes on", err=True)
+            raise typer.Exit(130) from None
+
+
+@contextmanager
+def _distributed() -> Iterator[None]:
+    """Joins the other processes where torchrun started this one."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resume: bool) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from mmkern.model import MultimodalModel
+    from mmkern.training.loop import Trainer, log, pick_device
+    from mmkern.training.runs import open_run, prepare
+
+    start, first = time.perf_counter(), not dist.is_initialized() or dist.get_rank() == 0
+    device = pick_device(config.training.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    teacher = open_run(config.training.teacher, device) if config.training.teacher else None
+    found, refused = None, []
+    if resume and list((output / within).glob("step-*")):
+        found, refused = checkpoints.last_good(output / within)
+    with _data_errors():
+        problem, model_config = prepare(config, teacher)
+    torch.manual_seed(config.training.seed)
+    try:
+        model = MultimodalModel(model_config, problem.word_vectors).to(device)
+    except ValueError as error:
+        raise typer.BadParameter(f"model: {error}") from None
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (output / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+    with _progress(config.training.steps, "training", quiet=not first) as step:
+        for reason in refused:
+            log.warning("passed over: %s", reason)
+        parameters = sum(p.numel() for p in model.parameters())
+        log.info(
+            "%d samples, %d classes, %.2f M parameters", len(problem.train), len(problem.classes), parameters / 1e6
+        )
+
+        def progress(at: int, record: dict[str, float]) -> None:
+            step(1, f"loss {record['loss']:.3f}")
+
+        trainer = Trainer(config, problem, model, output, None if teacher is None else teacher.model, progress)
+        if found is not None:
+            trainer.restore(found)
+            step(found.step)
+            log.info("going on after step %d", found.step)
+        trainer.run()
+    if first:
+        _finish(output, problem, time.perf_counter() - start)
+
+
+@contextmanager
+def _data_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _finish(output: Path, problem: Problem, seconds: float) -> None:
+    """Scores the best checkpoint and the baselines on the test split; writes test.json, curves.svg and the page."""
+    from mmkern.training import baselines, evaluation, run_page
+    from mmkern.training.runs import open_run
+
+    run = open_run(output)
+    with _progress(len(problem.test), "testing") as step:
+        predictions, _ = evaluation.predict(run.model, problem, problem.test, step)
+    found = evaluation.metrics(predictions, problem.classes)
+    facts = {
+        "step of the best checkpoint": run.checkpoint.step,
+        "seconds": round(seconds, 1),
+        "training samples": len(problem.train),
+        "test samples": len(problem.test),
+    }
+    compared = {
+        name: evaluation.metrics(answers(problem), problem.classes)
+        for name, answers in (
+            ("most frequent", baselines.most_frequent),
+            ("nearest picture", baselines.nearest_picture),
+        )
+    }
+    (output / TEST).write_text(json.dumps(facts | {"test": found, "baselines": compared}, indent=1))
+    rows = found | {f"{group}: {name}": values for name, of in compared.items() for group, values in of.items()}
+    rows = dict(sorted(rows.items()))
+    page = run_page.write(output, {k: str(v) for k, v in facts.items()}, rows, _shown(predictions), problem.classes)
+    console = Console()
+    console.print(_table(f"test data, best checkpoint (step {run.checkpoint.step})", rows))
+    console.print(f"{seconds:.0f} s; written: {output} (look at {page})", highlight=False, soft_wrap=True)
+
+
+def _shown(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Some of each task, evenly over the test data."""
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault(prediction.sample.group, []).append(prediction)
+    return [p for group in groups.values() for p in group[:: max(1, len(group) // PICTURES)][:PICTURES]]
+
+
+def _table(title: str, found: dict[str, dict[str, Any]]) -> Table:
+    names = [n for n in dict.fromkeys(n for v in found.values() for n in v) if n != "confusion"]
+    table = Table(title=title, title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    for group, values in found.items():
+        cells = [values.get(name, "") for name in names]
+        table.add_row(group, *(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    return table
+
+
+def _compressed(run: Run, prune: float, int8: bool) -> MultimodalModel:
+    from mmkern.training import compress
+
+    model: Any = run.model
+    with _data_errors():
+        if prune:
+            model = compress.pruned(model, prune)
+        if int8:
+            model = compress.quantized(model)
+    return model
+
+
+def evaluate(
+    run: RunFolder,
+    data: Annotated[Path | None, typer.Option(help="Another folder of samples [the run's own].")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    samples: Annotated[int, typer.Option(min=0, help="Only so many; 0: all.")] = 0,
+    prune: Prune = 0.0,
+    int8: Int8 = False,
+    device: Device = "auto",
+) -> None:
+    """Score a run's best checkpoint on held-out data; with --prune or --int8 also the smaller model, and both sizes."""
+    if split not in ("train", "validation", "test"):
+        raise typer.BadParameter(f"--split: expected train, validation or test, got {split!r}")
+    with _one_line():
+        from mmkern.training import compress, evaluation
+        from mmkern.training.loop import TrainingError, pick_device
+        from mmkern.training.runs import open_run, prepare
+
+        opened = open_run(run, pick_device("cpu" if int8 else device))
+        config = opened.config
+        if data is not None:
+            config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(data)})})
+        with _data_errors():
+            problem, _ = prepare(config, opened)
+        chosen = getattr(problem, split)
+        chosen = [chosen[i] for i in range(min(len(chosen), samples or len(chosen)))]
+        if not chosen:
+            raise TrainingError(f"--split: the {split} split of {config.data.source} is empty")
+        models = {"as trained": opened.model}
+        if prune or int8:
+            name = " + ".join([f"{prune:.0%} pruned"] * bool(prune) + ["int8"] * int8)
+            models[name] = _compressed(opened, prune, int8)
+        for name, model in models.items():
+            start = time.perf_counter()
+            with _progress(len(chosen), name) as step:
+                predictions, _ = evaluation.predict(model, problem, chosen, step)
+            seconds = time.perf_counter() - start
+            console = Console()
+            found = evaluation.metrics(predictions, problem.classes)
+            console.print(_table(f"{split} data, step {opened.checkpoint.step}, {name}", found))
+            console.print(f"{compress.size(model)}; {seconds:.1f} s", highlight=False)
+
+
+def generate(
+    run: RunFolder,
+    image: Annotated[Path | None, typer.Option(help="Picture to speak about.")] = None,
+    prompt: Annotated[str, typer.Option(help="What is asked.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 32,
+    strategy: Annotated[str, typer.Option(help="greedy, sample or beam.")] = "greedy",
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")] = None,
+    beams: Annotated[int, typer.Option(help="Candidates of beam search.")] = 4,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    prune: Prune = 0.0,
+    int8: Int8 = False,
+) -> None:
+    """Let a run's model write about a picture, a prompt, or both."""
+    if image is None and not prompt:
+        raise typer.BadParameter("give --image, --prompt, or both")
+    with _one_line():
+        from mmkern.model import generate as write
+        from mmkern.training.data import Sample, collate
+        from mmkern.training.runs import open_run
+
+        opened = open_run(run)
+        model = _compressed(opened, prune, int8)
+        sample = Sample(None if image is None else _open(image), prompt, None, None, "")
+        with _data_errors():
+            batch = collate([sample], opened.tokenizer, model.config)
+            options = {"strategy": strategy, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+            limit = min(max_tokens, model.config.max_tokens)
+            ids = write(model, batch, max_tokens=limit, beams=beams, seed=seed, **options)[0]  # type: ignore[arg-type]
+    typer.echo(opened.tokenizer.decode(ids).strip())
+
+
+def classify(
+    run: RunFolder,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures.")],
+    prompt: Annotated[str | None, typer.Option(help="What is asked [what the run was trained to be asked].")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show of each picture.")] = 3,
+) -> None:
+    """Tell the class of pictures."""
+    with _one_line():
+        import torch
+
+        from mmkern.training.data import Sample, collate
+        from mmkern.training.runs import open_run
+
+        opened = open_run(run)
+        if not opened.classes:
+            raise typer.BadParameter(f"{run}: the model was trained without classes; try mmkern generate")
+        pictures = [_open(file) for file in files]
+        asked = opened.class_prompt if prompt is None else prompt
+        for file, picture in zip(files, pictures, strict=True):
+            batch = collate([Sample(picture, asked, None, None, "")], opened.tokenizer, opened.model.config)
+            batch = dataclasses.replace(batch, inputs=None, targets=None)
+            with torch.inference_mode():
+                share, place = opened.model(batch)["class_logits"][0].softmax(-1).sort(descending=True)
+            best = zip(share[:top].tolist(), place[:top].tolist(), strict=True)
+            typer.echo(f"{file}: " + ", ".join(f"{opened.classes[i]} {p:.1%}" for p, i in best))
+
+
+def _open(file: Path) -> Image:
+    """The picture, read to its end: a file cut short is found here."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(file)
+        picture.load()
+    except UnidentifiedImageError:
+        raise typer.BadParameter(f"{file}: is no picture that Pillow can read") from None
+    except OSError as error:
+        raise typer.BadParameter(f"{file}: {error.strerror or f'is a broken picture ({error})'}") from None
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise typer.BadParameter(f"{file}: is a broken picture ({error})") from None
+    return picture

@@ -1,0 +1,104 @@
+"""What a training run learns from, as the loop sees it: samples, classes, a tokenizer, and how they become batches."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmkern.model.config import Batch
+
+Collate = Callable[[Sequence[Any], torch.Generator | None], Batch]
+
+
+@dataclass
+class Problem:
+    """Samples and how they become batches.
+
+    Args:
+        train, validation, test: sequences of samples, which have `.prompt`, `.text`, `.label` and `.group`.
+        classes: names of the classes; a sample's label is a place in it.
+        tokenizer: with `encode(text).ids`, `decode(ids)` and `to_str()`; tokenizers.Tokenizer is one.
+        collate: samples, and a generator for augmentation or None for none -> Batch.
+        word_vectors: (vocab_size, word_vector_dim), or None.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+    classes: list[str]
+    tokenizer: Any
+    collate: Collate
+    word_vectors: Tensor | None = None
+
+    @cached_property
+    def class_prompt(self) -> str:
+        """The prompt that samples with a label mostly have; "" where none has."""
+        samples = (self.train[i] for i in range(len(self.train)))
+        counts = Counter(sample.prompt for sample in samples if sample.label is not None)
+        return counts.most_common(1)[0][0] if counts else ""
+
+
+class Steps(Dataset[Batch]):
+    """steps[i]: the batch of step i, of this process: a function of seed and i, whoever computes it and when.
+
+    Samples come in a new random order each epoch, and batches run on from one epoch into the next, so that each has
+    batch_size samples over all processes.
+    """
+
+    def __init__(self, problem: Problem, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.problem, self.batch_size, self.seed, self.rank, self.world = problem, batch_size, seed, rank, world
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self.problem.train)))
+        random.Random(f"{self.seed} {epoch}").shuffle(order)
+        return order
+
+    def __getitem__(self, step: int) -> Batch:
+        places = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
+        count = len(self.problem.train)
+        samples = [self.problem.train[self._order(place // count)[place % count]] for place in places]
+        draws = random.Random(f"{self.seed} {step} {self.rank}").getrandbits(62)
+        return self.problem.collate(samples, torch.Generator().manual_seed(draws))
+
+
+def loader(steps: Steps, start: int, stop: int, workers: int) -> DataLoader[Batch]:
+    """Batches of the steps start .. stop - 1 in order, loaded ahead by `workers` processes; 0: as they are asked for.
+
+    It draws nothing from torch's default generator, which belongs to the model's dropout.
+    """
+    return DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),
+        worker_init_fn=_leave_interrupts,
+    )
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C is the training process's, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,120 @@
+"""Tokenizers: byte-level BPE trained on the data, or the words of a file of word vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+SPECIAL = ["<pad>", "<start>", "<end>"]  # the ids 0, 1, 2
+UNKNOWN = "<unk>"
+COMMON = 5000  # words of a file, from its head, that are known even where no training text has them
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocabulary` tokens, at least 259: it writes any text and reads it back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def read_word_vectors(path: Path, texts: Iterable[str]) -> tuple[Tokenizer, Tensor]:
+    """A tokenizer of words and their vectors, (words, channels) float32.
+
+    Args:
+        path: GloVe text ("word x x ..." a line), word2vec text (the same below a line "words channels"), word2vec
+            binary (.bin), or .npy with a word a line in the .txt or .vocab of the same name.
+        texts: their words are known too; those that the file lacks get a random vector of the same size. Any other
+            word is <unk>, whose vector is the mean of all.
+
+    Raises:
+        ValueError: the file is none of these, or its lines disagree on the number of channels.
+        OSError: it cannot be read.
+    """
+    pre = pre_tokenizers.Whitespace()
+    wanted = {word for text in texts for word, _ in pre.pre_tokenize_str(text.lower())}
+    found = _read(path, wanted)
+    if not found:
+        raise ValueError(f"{path}: has no word vectors")
+    known = torch.stack(list(found.values()))
+    draw = torch.Generator().manual_seed(0)
+    missing = sorted(wanted - found.keys())
+    drawn = torch.randn(len(SPECIAL) + len(missing), known.shape[1], generator=draw) * known.std()
+    words = [*SPECIAL, UNKNOWN, *found, *missing]
+    vectors = torch.cat([drawn[: len(SPECIAL)], known.mean(0, keepdim=True), known, drawn[len(SPECIAL) :]])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer, vectors
+
+
+def _read(path: Path, wanted: set[str]) -> dict[str, Tensor]:
+    """Vectors of wanted words, and of the first COMMON of the file."""
+    pairs = _binary(path) if path.suffix == ".bin" else _array(path) if path.suffix == ".npy" else _lines(path)
+    found: dict[str, Tensor] = {}
+    for i, (word, values) in enumerate(pairs):
+        if (i < COMMON or word in wanted) and word not in SPECIAL and word not in found:
+            vector = torch.as_tensor(values, dtype=torch.float32)
+            if found and vector.shape != next(iter(found.values())).shape:
+                raise ValueError(
+                    f"{path}: word {i + 1}, {word!r}, has {len(vector)} channels, not as many as the first"
+                )
+            if not vector.isfinite().all():
+                raise ValueError(f"{path}: word {i + 1}, {word!r}, has a value that is not finite")
+            found[word] = vector
+    return found
+
+
+def _lines(path: Path) -> Iterable[tuple[str, Sequence[float]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            parts = line.rstrip("\n ").split(" ")
+            if number == 1 and len(parts) == 2 and all(p.isdecimal() for p in parts):
+                continue  # word2vec's head
+            try:
+                values = [float(p) for p in parts[1:]]
+            except ValueError:
+                values = []
+            if not values:
+                raise ValueError(f"{path}: line {number} is no word with its vector")
+            yield parts[0], values
+
+
+def _binary(path: Path) -> Iterable[tuple[str, Tensor]]:
+    with path.open("rb") as file:
+        head = file.readline(100).split()
+        if len(head) != 2 or not all(part.isdigit() for part in head):
+            raise ValueError(f"{path}: is no word2vec binary: its first line is not 'words channels'")
+        count, channels = int(head[0]), int(head[1])
+        for number in range(count):
+            word = bytearray()
+            while (byte := file.read(1)) not in (b" ", b""):
+                word += byte
+            content = file.read(4 * channels)
+            if len(content) < 4 * channels:
+                raise ValueError(f"{path}: ends in word {number + 1} of {count}")
+            yield word.decode(errors="replace").lstrip("\n"), torch.frombuffer(bytearray(content), dtype=torch.float32)
+
+
+def _array(path: Path) -> Iterable[tuple[str, Tensor]]:
+    import numpy as np
+
+    names = [p for suffix in (".txt", ".vocab") if (p := path.with_suffix(suffix)).exists()]
+    if not names:
+        raise ValueError(f"{path}: has no vocabulary beside it ({path.with_suffix('.txt').name}, a word a line)")
+    vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    with names[0].open(encoding="utf-8") as file:
+        words = [line.rstrip("\n") for line in file]
+    if vectors.ndim != 2 or len(words) != len(vectors):
+        raise ValueError(f"{path}: has the shape {vectors.shape}, its vocabulary {len(words)} words")
+    return ((word, torch.tensor(vectors[i])) for i, word in enumerate(words))
