@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -70,7 +71,17 @@ def _cross_entropy(shape: tuple[int, ...], smoothing: float, dtype: torch.dtype,
     draw = torch.Generator().manual_seed(1)
     target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=draw).to(device)
     options = {"target": target, "label_smoothing": smoothing}
-    return _problem(partial(mmkern.cross_entropy, **options), partial(F.cross_entropy, **options), [x], "cross_entropy")
+    others = {"cross_entropy": partial(F.cross_entropy, **options)}
+    if device != "cpu" and find_spec("liger_kernel"):
+        others["liger, on a copy"] = partial(_liger, **options)
+    return _problem(partial(mmkern.cross_entropy, **options), others, [x])
+
+
+def _liger(x: Tensor, **options: Any) -> Tensor:
+    """Liger writes the gradient into the logits, so that they have to be copied to be kept."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return liger_cross_entropy(x.clone(), **options)
 
 
 def _linear(tokens: int, width: int, classes: int, dtype: torch.dtype, device: str) -> Problem:
@@ -82,15 +93,16 @@ def _linear(tokens: int, width: int, classes: int, dtype: torch.dtype, device: s
         return F.cross_entropy(F.linear(hidden, weight), target)
 
     ours = partial(mmkern.linear_cross_entropy, target=target)
-    return _problem(ours, eager, [hidden, weight], "linear + cross_entropy")
+    return _problem(ours, {"linear + cross_entropy": eager}, [hidden, weight])
 
 
 def _problem(
-    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: Sequence[Tensor], name: str
+    ours: Callable[..., Tensor], theirs: dict[str, Callable[..., Tensor]], inputs: Sequence[Tensor]
 ) -> Problem:
     def gradients(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
         leaves = [t.detach().requires_grad_() for t in inputs]
         return lambda: torch.autograd.grad(call(*leaves), leaves)
 
-    exact = gradients(theirs, [t.double() for t in inputs])
-    return Problem(gradients(ours, inputs), [Baseline(name, gradients(theirs, inputs))], exact, kind="gradient")
+    exact = gradients(next(iter(theirs.values())), [t.double() for t in inputs])
+    baselines = [Baseline(name, gradients(call, inputs)) for name, call in theirs.items()]
+    return Problem(gradients(ours, inputs), baselines, exact, kind="gradient")
