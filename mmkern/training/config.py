@@ -14,6 +14,8 @@ from mmkern.model.config import ModelConfig
 
 _FROM_DATA = ("vocab_size", "classes", "pad", "start", "end", "image_backbone")  # of ModelConfig: found, not chosen
 
+_DEFAULTS = {"dropout": 0.05}  # a short run learns too little to overfit
+
 
 class ConfigError(ValueError):
     """A configuration is wrong; one line that names the key."""
@@ -41,7 +43,11 @@ else:
     ModelSection = create_model(
         "ModelSection",
         __base__=_ModelSection,
-        **{f.name: (_HINTS[f.name], f.default) for f in fields(ModelConfig) if f.name not in _FROM_DATA},
+        **{
+            f.name: (_HINTS[f.name], _DEFAULTS.get(f.name, f.default))
+            for f in fields(ModelConfig)
+            if f.name not in _FROM_DATA
+        },
     )
 
 
