@@ -35,7 +35,6 @@ from mmkern.kernels.attention_scores import exp as _exp
 from mmkern.kernels.launch import cdiv, launch, pick, power_of_2
 from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile, narrow, wide
 
-MAX_HEAD_DIM = 1024
 SPLIT = 256  # keys of one part in decoding: 8 heads of 4096 keys fill 128 processors
 PACKED_ROWS = 16  # up to so many queries, the heads of a group share a program
 # What fits without spilling differs once scores need more than a scale and positions: with a mask, dropout, a softcap,
