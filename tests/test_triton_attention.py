@@ -84,7 +84,9 @@ def check(case: Case, gradients: bool = True, layout: str = "contiguous") -> Non
         assert actual.dtype == expected, name
         rule = torch.float32 if name == "lse" else dtype
         result = accuracy(actual, exact[name], baseline[name].to(rule), kind, rule)
-        near, average = result.max_error <= result.bound, result.relative_l2 <= result.limit
+        near = result.max_error <= result.bound
+        # A gradient that is 0 but for float64's rounding has no relative error.
+        average = result.relative_l2 <= result.limit or exact[name].norm() < 1e-12
         good = (near or average) if name in TOTALS else near and average
         assert good, f"{name}: {result}"
         assert result.same_nonfinite, f"{name}: {result}"
@@ -282,7 +284,7 @@ def test_padding_may_hold_anything(similarity: str, dtype: torch.dtype) -> None:
             assert lse[0].eq(-math.inf).all()
             found.append((out, *grads))
         for padded, zeros in zip(*reversed(found), strict=True):
-            atol = 0 if exactly else 2 * torch.finfo(dtype).eps
+            atol = 0 if exactly else 8 * torch.finfo(dtype).eps  # of values and gradients up to 4
             torch.testing.assert_close(padded, zeros, rtol=0, atol=atol)
             assert padded[0].eq(0).all()
 
