@@ -1,5 +1,6 @@
 """The emoji tasks, folders of pictures, batches and augmentation."""
 
+import hashlib
 import json
 
 import pytest
@@ -31,6 +32,19 @@ def test_categories_hold_out_concepts_and_names_hold_out_combinations():
     assert sum(set(s["text"].split()) <= known for s in names) > 0.95 * len(names)
     assert not pictures & {s["image"] for s in validation}
     assert not {s["image"] for s in validation} & {s["image"] for s in test}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_held_out_picture_is_the_same_to_the_pixel_as_a_training_one(seed):
+    def pixels(sample):
+        with Image.open(sample["image"]) as image:
+            return hashlib.sha256(image.convert("RGBA").tobytes()).digest()
+
+    parts = [{pixels(s) for s in split} for split in emoji.samples(["name", "category"], seed)[0]]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    names = {e.name for e in emoji.read()}
+    assert "norway flag" in names
+    assert "svalbard & jan mayen flag" not in names
 
 
 def test_the_split_depends_on_its_seed_alone():
@@ -89,6 +103,25 @@ def test_rows_without_a_split_are_divided(tmp_path):
     assert 20 < len(parts[2]) < 70
 
 
+def test_several_questions_about_one_picture_stay_in_one_split(tmp_path):
+    path = tmp_path / "data"
+    path.mkdir()
+    for i in range(60):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(path / f"{i}.png")
+    rows = [{"image": f"{i % 60}.png", "prompt": f"{i}?", "text": "x"} for i in range(240)]
+    (path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load_dataset(DataConfig(source=str(path)))
+    parts = [{s.image for s in part} for part in (found.train, found.validation, found.test)]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 60
+    assert sum(map(len, (found.train, found.validation, found.test))) == 240
+
+
+def test_a_table_that_a_spreadsheet_saved_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "table.csv").write_bytes("\ufeffprompt,text,split\r\ncolour?,red,train\r\n".encode())
+    assert [(s.prompt, s.text) for s in load_dataset(DataConfig(source=str(tmp_path))).train] == [("colour?", "red")]
+
+
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
@@ -127,6 +160,22 @@ def test_pictures_become_square_and_transparent_parts_white():
     assert found[:, 1].T.tolist() == [white, red, red, red]
     assert found[:, 2].T.tolist() == [red] * 4
     assert found[:, 3].T.tolist() == [white] * 4
+
+
+def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
+    image = Image.new("RGB", (4, 2), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter: shown 2 wide, 4 tall
+    image.save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as opened:
+        assert picture(opened, 4)[1].tolist() == [[255, 0, 0, 255]] * 4
+
+
+def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(tmp_path):
+    content = b"".join((value * 256).to_bytes(2, "little") for value in (0, 1, 64, 255))
+    Image.frombytes("I;16", (2, 2), content).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as opened:
+        assert picture(opened, 2)[0].tolist() == [[0, 1], [64, 255]]
 
 
 def test_a_batch_says_what_is_asked_and_what_is_missing():
@@ -217,6 +266,13 @@ def test_word_vectors_of_every_format(tmp_path, kind):
     assert vectors.shape == (tokenizer.get_vocab_size(), 3)
 
 
+def test_words_with_spaces_and_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "v.txt").write_bytes(b"the 1 2 3\n. . . 4 5 6\n\xff 7 8 9\nred 3 2 1\r\n")
+    tokenizer, vectors = read_word_vectors(tmp_path / "v.txt", [])
+    assert vectors[tokenizer.token_to_id(". . .")].tolist() == [4, 5, 6]
+    assert vectors[tokenizer.token_to_id("red")].tolist() == [3, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
@@ -224,6 +280,7 @@ def test_word_vectors_of_every_format(tmp_path, kind):
         ("v.txt", b"red 1 x\n", "line 1 is no word with its vector"),
         ("v.txt", b"", "has no word vectors"),
         ("v.txt", b"red nan 1\n", "word 1, 'red', has a value that is not finite"),
+        ("v.txt", b"red 1 2\nblue 1 2 3\n", "word 2, 'blue', has 3 channels"),
         ("v.bin", b"2 3\nred \0\0\0\0", "ends in word 1 of 2"),
         ("v.bin", b"red 1 2 3\n", "is no word2vec binary"),
     ],

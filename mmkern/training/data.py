@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mmkern.model.config import Batch, ModelConfig
@@ -62,7 +62,8 @@ def load_dataset(config: DataConfig) -> Splits:
     """Reads what `data.source` names.
 
     "emoji", or a folder with one table, *.csv or *.jsonl, whose rows have an image (a path in the folder), a prompt,
-    a text or a label or both, and if wanted a split ("train", "validation", "test") and a group.
+    a text or a label or both, and if wanted a split ("train", "validation", "test") and a group. Without a split, all
+    rows of one image, or of one prompt where there is no image, go the same way.
 
     Raises:
         ValueError: the table is missing, empty or wrong; the message names the file and the line.
@@ -100,7 +101,8 @@ def _read(folder: Path, seed: int) -> tuple[list[list[Sample]], list[str]]:
             raise ValueError(f"{where}: has neither text nor label")
         group = values.get("group", "text" if "label" not in values else "label")
         sample = Sample(image, values.get("prompt", ""), values.get("text"), None, group)
-        split = values.get("split", SPLITS[_place(f"{seed} {line}")])
+        shown = values.get("image", values.get("prompt"))
+        split = values.get("split", SPLITS[_place(f"{seed} {shown}")])
         if split not in SPLITS:
             raise ValueError(f"{where}: split: expected one of {', '.join(SPLITS)}, got {split!r}")
         parts[SPLITS.index(split)].append(sample)
@@ -116,7 +118,7 @@ def _read(folder: Path, seed: int) -> tuple[list[list[Sample]], list[str]]:
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with table.open(encoding="utf-8", newline="") as file:
+        with table.open(encoding="utf-8-sig", newline="") as file:
             if table.suffix == ".csv":
                 reader = csv.DictReader(file, strict=True)
                 for row in reader:
@@ -139,7 +141,10 @@ def _place(key: str) -> int:
 
 
 def picture(image: Image.Image, side: int) -> Tensor:
-    """(3, side, side) uint8 of a picture: made square and transparent parts white."""
+    """(3, side, side) uint8 of a picture: upright, made square and transparent parts white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value * (1 / 256)).convert("L")  # Pillow alone would clip at 255
     if image.mode != "RGB":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

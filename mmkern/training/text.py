@@ -76,18 +76,27 @@ def _read(path: Path, wanted: set[str]) -> dict[str, Tensor]:
 
 
 def _lines(path: Path) -> Iterable[tuple[str, Sequence[float]]]:
-    with path.open(encoding="utf-8") as file:
+    channels = 0  # of the lines before
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
-            parts = line.rstrip("\n ").split(" ")
+            parts = line.rstrip("\r\n ").split(" ")
             if number == 1 and len(parts) == 2 and all(p.isdecimal() for p in parts):
                 continue  # word2vec's head
-            try:
-                values = [float(p) for p in parts[1:]]
-            except ValueError:
-                values = []
+            values = _numbers(parts[1:])
+            if not values and channels and len(parts) > channels:  # GloVe's largest file has words such as ". . ."
+                values = _numbers(parts[-channels:])
             if not values:
                 raise ValueError(f"{path}: line {number} is no word with its vector")
-            yield parts[0], values
+            channels = channels or len(values)
+            yield " ".join(parts[: len(parts) - len(values)]), values
+
+
+def _numbers(parts: Sequence[str]) -> list[float]:
+    """Their values, none if any is no number."""
+    try:
+        return [float(p) for p in parts]
+    except ValueError:
+        return []
 
 
 def _binary(path: Path) -> Iterable[tuple[str, Tensor]]:
@@ -112,8 +121,11 @@ def _array(path: Path) -> Iterable[tuple[str, Tensor]]:
     names = [p for suffix in (".txt", ".vocab") if (p := path.with_suffix(suffix)).exists()]
     if not names:
         raise ValueError(f"{path}: has no vocabulary beside it ({path.with_suffix('.txt').name}, a word a line)")
-    vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    with names[0].open(encoding="utf-8") as file:
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError:
+        raise ValueError(f"{path}: is no array of numbers in numpy's format") from None
+    with names[0].open(encoding="utf-8", errors="replace") as file:
         words = [line.rstrip("\n") for line in file]
     if vectors.ndim != 2 or len(words) != len(vectors):
         raise ValueError(f"{path}: has the shape {vectors.shape}, its vocabulary {len(words)} words")
