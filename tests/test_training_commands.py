@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from mmkern import cli
+from mmkern.nn import MultiheadAttention
 from mmkern.training import checkpoints, compress, records, run_page
 from mmkern.training.evaluation import Prediction
 
@@ -196,6 +197,14 @@ def test_wrong_configurations_are_one_line(run, capsys, tmp_path):
         assert line in refused(capsys, "train", config, "--output", tmp_path / "out"), text
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/table.csv").write_text("image,label\n")
+    draw_shapes(tmp_path / "bad", 20)
+    (tmp_path / "bad/0.png").write_text("not a picture")
+    for workers in (0, 1):
+        config.write_text(f"[data]\nsource = 'bad'\nworkers = {workers}\n[training]\nsteps = 3")
+        code, _, err = ask(capsys, "train", config, "--output", tmp_path / f"bad-{workers}")
+        assert code == 2
+        assert err.splitlines()[-1].startswith(f"mmkern: {tmp_path / 'bad/0.png'}: is no picture")
+        assert "Traceback" not in err
     config.write_text("[data]\nsource = 'empty'")
     assert "table.csv: has no rows" in refused(capsys, "train", config, "--output", tmp_path / "out")
     assert "holds a run; go on with --resume" in refused(capsys, "train", "--output", run / "run")
@@ -255,23 +264,47 @@ def test_an_interrupted_run_says_how_to_go_on(run, tmp_path):
     assert checkpoints.last_good(tmp_path / "run/checkpoints")[0].step >= 15
 
 
-def test_pruning_takes_the_smallest_and_int8_stays_close():
+class Reader(torch.nn.Module):
+    """Every kind of matrix that a model has, but convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.hidden = torch.nn.Embedding(10, 64), torch.nn.Linear(64, 64)
+        self.attention = MultiheadAttention(64, 2, batch_first=True)
+
+    def forward(self, tokens):
+        x = self.hidden(self.words(tokens))
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_pruning_takes_the_smallest_weights():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Embedding(10, 64), torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)).eval()
+    model = Reader()
     smaller = compress.pruned(model, 0.4)
-    whole = torch.cat([m.weight.flatten() for m in model[1:]])
-    kept = torch.cat([m.weight.flatten() for m in smaller[1:]])
+    whole, kept = (
+        torch.cat([w.flatten() for w in (m.hidden.weight, m.attention.in_proj_weight, m.attention.out_proj.weight)])
+        for m in (model, smaller)
+    )
     assert (kept == 0).float().mean() == pytest.approx(0.4, abs=1e-3)
     assert whole[kept == 0].abs().max() <= whole[kept != 0].abs().min()
     assert torch.equal(kept[kept != 0], whole[kept != 0])
-    assert torch.equal(smaller[0].weight, model[0].weight)
+    assert torch.equal(smaller.words.weight, model.words.weight)
     assert compress.size(smaller).zeros > 0.35
     assert compress.size(smaller).packed < 0.9 * compress.size(model).packed
-    tokens = torch.arange(10)
+
+
+def test_int8_takes_every_matrix_and_stays_close():
+    torch.manual_seed(0)
+    model, tokens = Reader().eval(), torch.arange(10)[None]
     small = compress.quantized(model)
     expected = model(tokens)
     assert 0 < (small(tokens) - expected).norm() / expected.norm() < 0.05
-    assert compress.size(small).stored < 0.45 * compress.size(model).stored
+    kept = [t for _, t in small.named_parameters() if t.dim() == 2 and t.shape[1] > 1]
+    assert [t.dtype for t in kept] == [torch.int8, torch.int8]  # embedding, input projections
+    weight = small.attention.in_proj_weight
+    step = model.attention.in_proj_weight.abs().amax(1, keepdim=True) / 127
+    assert ((weight - model.attention.in_proj_weight).abs() <= 0.501 * step).all()
+    assert compress.size(small).stored < 0.35 * compress.size(model).stored
 
 
 def test_the_page_escapes_what_it_shows(tmp_path):

@@ -201,24 +201,25 @@ def test_a_batch_says_what_is_asked_and_what_is_missing():
     assert (only_label.image_present, only_label.prompts, only_label.inputs, only_label.targets) == (None,) * 4
 
 
-def test_augmentation_is_drawn_from_its_generator_and_changes_what_it_says():
-    def generator():
-        return torch.Generator().manual_seed(7)
+def test_augmentation_is_drawn_for_each_sample_by_itself_and_changes_what_it_says():
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds or range(64)]
 
     images = torch.rand(64, 3, 12, 12)
-    found = Augment().images(images, generator())
-    assert torch.equal(found, Augment().images(images, generator()))
+    found = Augment().images(images, generators())
+    assert torch.equal(found, Augment().images(images, generators()))
+    torch.testing.assert_close(found[5:6], Augment().images(images[5:6], generators(5)))
     assert found.min() >= 0
     assert found.max() <= 1
-    still = Augment(zoom=0, shift=0, jitter=0, occlusion=0).images(images, generator())
+    still = Augment(zoom=0, shift=0, jitter=0, occlusion=0).images(images, generators())
     torch.testing.assert_close(still, images)
-    hidden = Augment(zoom=0, shift=0, jitter=0, occlusion=1).images(images, generator())
+    hidden = Augment(zoom=0, shift=0, jitter=0, occlusion=1).images(images, generators())
     share = (hidden == 0.5).all(1).float().mean((1, 2))
     assert share.max() <= (5 / 12) ** 2
     assert 0.01 < share.mean() < 0.12
-    white = Augment(jitter=0, occlusion=0, zoom=0.5, shift=0.5).images(torch.ones(8, 3, 12, 12), generator())
+    white = Augment(jitter=0, occlusion=0, zoom=0.5, shift=0.5).images(torch.ones(8, 3, 12, 12), generators(*range(8)))
     torch.testing.assert_close(white, torch.ones(8, 3, 12, 12))
-    kept = Augment(token_dropout=0.3).tokens(list(range(4000)), generator())
+    kept = Augment(token_dropout=0.3).tokens(list(range(4000)), *generators(7))
     assert kept == sorted(kept)
     assert len(kept) == pytest.approx(2800, abs=150)
 

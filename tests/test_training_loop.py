@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from training_cases import COLOURS, built, collate, configuration, killable, problem, samples, trainer
+from training_cases import COLOURS, KILLABLE_STEPS, built, collate, configuration, killable, problem, samples, trainer
 
 import mmkern
 from mmkern.training import checkpoints, evaluation, loop, records
@@ -81,18 +81,19 @@ def test_one_step_is_torchs(tmp_path):
 
 def test_batches_are_a_function_of_seed_and_step_and_every_sample_comes_once_an_epoch():
     whole = problem(count=20)
-    whole.collate = lambda chosen, generator: [id(s) for s in chosen] + [generator.initial_seed()]
+    whole.collate = lambda chosen, draws: [(id(s), g.initial_seed()) for s, g in zip(chosen, draws, strict=True)]
     steps = Steps(whole, 8, seed=3)
     batches = [steps[i] for i in range(5)]
     assert batches == [Steps(whole, 8, seed=3)[i] for i in range(5)]
-    seen = [s for b in batches for s in b[:-1]]
-    for epoch in (seen[:20], seen[20:]):
+    seen = [drawn for batch in batches for drawn in batch]
+    order = [[sample for sample, _ in epoch] for epoch in (seen[:20], seen[20:])]
+    for epoch in order:
         assert sorted(epoch) == sorted(id(s) for s in whole.train)
-    assert seen[:20] != seen[20:]
-    assert len({b[-1] for b in batches}) == 5
+    assert order[0] != order[1]
+    assert len({seed for _, seed in seen}) == 40  # of augmentation: each sample in each epoch its own
     assert Steps(whole, 8, seed=4)[0] != batches[0]
-    shares = [Steps(whole, 8, 3, rank, 2)[1][:-1] for rank in range(2)]
-    assert sorted(shares[0] + shares[1]) == sorted(batches[1][:-1])
+    shares = [Steps(whole, 8, 3, rank, 2)[1] for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == sorted(batches[1])
 
 
 def test_loading_ahead_gives_the_same_batches_and_draws_no_random_number():
@@ -185,9 +186,9 @@ def test_a_run_killed_at_20_random_moments_has_the_same_bits(tmp_path):
     whole.start()
     whole.join(120)
     expected = losses(tmp_path / "whole")
-    assert len(expected) == 60
-    folder, kills, draw = tmp_path / "killed", 0, random.Random(5)
-    while kills < 20:
+    assert len(expected) == KILLABLE_STEPS
+    folder, draw = tmp_path / "killed", random.Random(5)
+    for _ in range(20):
         process = context.Process(target=killable, args=(str(folder),))
         process.start()
         before = len(losses(folder))
@@ -196,12 +197,10 @@ def test_a_run_killed_at_20_random_moments_has_the_same_bits(tmp_path):
         while len(losses(folder)) in (0, before) and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.05))
-        if not process.is_alive():
-            break
+        assert process.is_alive(), "training ended before it could be killed"
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-        kills += 1
     last = context.Process(target=killable, args=(str(folder),))
     last.start()
     last.join(120)
@@ -209,7 +208,6 @@ def test_a_run_killed_at_20_random_moments_has_the_same_bits(tmp_path):
     assert losses(folder) == expected
     final = [checkpoints.load(checkpoints.newest(tmp_path / name / "checkpoints")) for name in ("whole", "killed")]
     assert final[0].contents == final[1].contents
-    assert kills >= 10
 
 
 TWO = """
@@ -220,7 +218,6 @@ from mmkern.training.problem import Steps
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 run = trainer(Path(sys.argv[1]), configuration({"dropout": 0.0}, steps=8, evaluate_every=4, clip=0.0, optimizer="sgd"))
-run.problem.collate = __import__("two").plain
 run.run()
 if run.rank == 0:
     torch.save([p.grad for p in run.model.parameters()], sys.argv[2])
@@ -229,16 +226,14 @@ dist.destroy_process_group()
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    (tmp_path / "two.py").write_text("from training_cases import collate\ndef plain(s, g): return collate(s, None)\n")
     (tmp_path / "script.py").write_text(TWO)
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "script.py"), str(tmp_path / "two"), str(tmp_path / "gradients.pt")]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     config = configuration({"dropout": 0.0}, steps=8, evaluate_every=4, clip=0.0, optimizer="sgd")
     run = trainer(tmp_path / "one", config)
-    run.problem.collate = lambda chosen, generator: collate(chosen, None)
     run.run()
     gradients = torch.load(tmp_path / "gradients.pt")
     compared = 0

@@ -15,6 +15,7 @@ from mmkern.training.problem import Problem
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.2), "blue": (0.1, 0.2, 0.9), "grey": (0.5, 0.5, 0.5)}
 VOCABULARY = ["[PAD]", "[START]", "[END]", "[UNK]", "which", "colour", *COLOURS]
 SIDE = 12
+KILLABLE_STEPS = 600  # more than 20 processes make before they are killed
 
 
 @dataclass
@@ -39,10 +40,11 @@ def samples(count, seed):
     return found
 
 
-def collate(chosen, generator):
+def collate(chosen, generators):
     image = torch.stack([s.image for s in chosen])
-    if generator is not None:
-        image = (image + 0.01 * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+    if generators is not None:
+        noise = [torch.randn(3, SIDE, SIDE, generator=generator) for generator in generators]
+        image = (image + 0.01 * torch.stack(noise)).clamp(0, 1)
     words = [[VOCABULARY.index(s.text), 2] if s.text else [-100, -100] for s in chosen]
     targets = torch.tensor(words)
     inputs = torch.cat([torch.ones(len(chosen), 1, dtype=torch.long), targets[:, :1].clamp(min=0)], 1)
@@ -89,7 +91,8 @@ def trainer(folder, config=None, **options):
 def killable(folder):
     """What a test kills: training, from the last good checkpoint where there is one."""
     torch.set_num_threads(1)
-    run = trainer(Path(folder), configuration({"dropout": 0.2}, steps=60, evaluate_every=7, checkpoint_every=2))
+    config = configuration({"dropout": 0.2}, steps=KILLABLE_STEPS, evaluate_every=50, checkpoint_every=2)
+    run = trainer(Path(folder), config)
     if list(Path(folder).glob("checkpoints/step-*")):
         found, refused = checkpoints.last_good(Path(folder) / "checkpoints")
         assert refused == []

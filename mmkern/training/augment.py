@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to a batch; every draw comes from the generator that is given, and each sample has its own.
+    """What is done to a batch; each sample is drawn for from a generator of its own.
 
     Args:
         pictures: crop, shift, jitter and occlude them.
@@ -29,27 +30,24 @@ class Augment:
     occlusion: float = 0.25
     token_dropout: float = 0.0
 
-    def images(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> the same shape and range."""
+    def images(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """(B, 3, H, W) in [0, 1] and B generators -> the same shape and range."""
         if not self.pictures or not len(images):
             return images
-        count, _, height, width = images.shape
-
-        def draw(*shape: int) -> Tensor:
-            return 2 * torch.rand(count, *shape, generator=generator) - 1
-
-        theta = torch.zeros(count, 2, 3)
-        theta[:, 0, 0] = theta[:, 1, 1] = 1 + self.zoom * draw()
-        theta[:, :, 2] = 2 * self.shift * draw(2)
+        height, width = images.shape[2:]
+        draws = torch.stack([torch.rand(10, generator=generator) for generator in generators])  # in [0, 1)
+        zoom, shift, jitter, corner, side, chance = draws.split([1, 2, 2, 2, 2, 1], 1)
+        theta = torch.zeros(len(images), 2, 3)
+        theta[:, 0, 0] = theta[:, 1, 1] = 1 + self.zoom * (2 * zoom[:, 0] - 1)
+        theta[:, :, 2] = 2 * self.shift * (2 * shift - 1)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         # 1 - x: what comes in from beyond the edge is white, as the background is
         images = 1 - F.grid_sample(1 - images, grid, align_corners=False)
-        scale, offset = 1 + self.jitter * draw(1, 1, 1), self.jitter * draw(1, 1, 1)
-        images = ((images - 0.5) * scale + 0.5 + offset).clamp(0, 1)
-        corner, side = (draw(2) + 1) / 2, (draw(2) + 1) / 6
-        hidden = (draw() + 1) / 2 < self.occlusion
+        contrast, brightness = (self.jitter * (2 * jitter - 1))[..., None, None, None].unbind(1)
+        images = ((images - 0.5) * (1 + contrast) + 0.5 + brightness).clamp(0, 1)
+        hidden = chance[:, 0] < self.occlusion
         y, x = torch.arange(height)[None, :, None] / height, torch.arange(width)[None, None, :] / width
-        (top, left), (tall, wide) = corner[:, :, None, None].unbind(1), side[:, :, None, None].unbind(1)
+        (top, left), (tall, wide) = corner[:, :, None, None].unbind(1), side[:, :, None, None].div(3).unbind(1)
         inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide) & hidden[:, None, None]
         return images.masked_fill(inside[:, None], 0.5)
 

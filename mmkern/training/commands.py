@@ -31,7 +31,7 @@ TEST = "test.json"
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `mmkern train` wrote.")]
 Prune = Annotated[float, typer.Option(help="Set this share of the weights to zero, the smallest ones.")]
-Int8 = Annotated[bool, typer.Option("--int8", help="Linear layers with int8 weights.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Weights in int8.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: CUDA where there is one.")]
 
 
@@ -48,12 +48,16 @@ def _one_line() -> Iterator[None]:
         from mmkern.training.checkpoints import CheckpointError
         from mmkern.training.config import ConfigError
         from mmkern.training.loop import TrainingError
+        from mmkern.training.problem import DataError
     except ImportError as missing:
         raise typer.BadParameter(f"needs {missing.name}, which is not installed: pip install 'mmkern[train]'") from None
     try:
         yield
-    except (CheckpointError, ConfigError, TrainingError) as error:
+    except (CheckpointError, ConfigError, ImportError, TrainingError) as error:
         raise typer.BadParameter(str(error)) from None
+    except DataError as error:  # in a process that loads ahead, its line is the last of a traceback's
+        line = str(error).strip().splitlines()[-1]
+        raise typer.BadParameter(line.rpartition("DataError: ")[2]) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise typer.BadParameter(f"{where}{error.strerror or error}") from None
@@ -148,8 +152,7 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
     found, refused = None, []
     if resume and list((output / within).glob("step-*")):
         found, refused = checkpoints.last_good(output / within)
-    with _data_errors():
-        problem, model_config = prepare(config, teacher)
+    problem, model_config = prepare(config, teacher)
     torch.manual_seed(config.training.seed)
     try:
         model = MultimodalModel(model_config, problem.word_vectors).to(device)
@@ -181,7 +184,7 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
 
 
 @contextmanager
-def _data_errors() -> Iterator[None]:
+def _wrong_options() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
@@ -243,7 +246,7 @@ def _compressed(run: Run, prune: float, int8: bool) -> MultimodalModel:
     from mmkern.training import compress
 
     model: Any = run.model
-    with _data_errors():
+    with _wrong_options():
         if prune:
             model = compress.pruned(model, prune)
         if int8:
@@ -272,8 +275,7 @@ def evaluate(
         config = opened.config
         if data is not None:
             config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(data)})})
-        with _data_errors():
-            problem, _ = prepare(config, opened)
+        problem, _ = prepare(config, opened)
         chosen = getattr(problem, split)
         chosen = [chosen[i] for i in range(min(len(chosen), samples or len(chosen)))]
         if not chosen:
@@ -318,9 +320,9 @@ def generate(
         opened = open_run(run)
         model = _compressed(opened, prune, int8)
         sample = Sample(None if image is None else _open(image), prompt, None, None, "")
-        with _data_errors():
-            batch = collate([sample], opened.tokenizer, model.config)
-            options = {"strategy": strategy, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        batch = collate([sample], opened.tokenizer, model.config)
+        options = {"strategy": strategy, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        with _wrong_options():
             limit = min(max_tokens, model.config.max_tokens)
             ids = write(model, batch, max_tokens=limit, beams=beams, seed=seed, **options)[0]  # type: ignore[arg-type]
     typer.echo(opened.tokenizer.decode(ids).strip())

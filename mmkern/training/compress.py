@@ -1,4 +1,4 @@
-"""Smaller models for inference: weights pruned to zero, and Linear layers in int8."""
+"""Smaller models for inference: weights pruned to zero, and weights in int8."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn.utils import prune
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,23 @@ def pruned(model: nn.Module, share: float) -> nn.Module:
     return model
 
 
-def quantized(model: nn.Module) -> nn.Module:
-    """A copy whose Linear layers hold int8 weights and quantise their input as it comes; on CPU only.
+class Int8(nn.Module):
+    """A weight as int8 codes times a float32 scale for each of its rows; `torch.nn.utils.parametrize` applies it."""
 
-    Attention's input projections, convolutions and embeddings stay as they are.
+    def forward(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return codes * scale
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        largest = weight.abs().flatten(1).amax(1).clamp(min=torch.finfo(weight.dtype).tiny)
+        scale = (largest / 127).view(-1, *[1] * (weight.dim() - 1))
+        return (weight / scale).round().to(torch.int8), scale
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """A copy in int8; on CPU only.
+
+    Linear layers multiply int8 weights with their input quantised as it comes. All other matrices (attention's input
+    projections, convolutions, embeddings) are kept in int8 and become float32 whenever they are used: small, no faster.
 
     Raises:
         ValueError: the model is not on the CPU, or this torch has no int8 kernels.
@@ -64,7 +77,12 @@ def quantized(model: nn.Module) -> nn.Module:
         warnings.simplefilter("ignore")  # torch names torchao as the successor, which is one more dependency
         from torch.ao.quantization import quantize_dynamic
 
-        return quantize_dynamic(copy.deepcopy(model).eval(), {nn.Linear}, dtype=torch.qint8)
+        model = quantize_dynamic(copy.deepcopy(model).eval().requires_grad_(False), {nn.Linear}, dtype=torch.qint8)
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() >= 2:
+                parametrize.register_parametrization(module, name, Int8())
+    return model
 
 
 def size(model: nn.Module) -> Size:

@@ -19,6 +19,7 @@ from mmkern.model.config import Batch, ModelConfig
 from mmkern.training import emoji
 from mmkern.training.augment import Augment
 from mmkern.training.config import DataConfig
+from mmkern.training.problem import DataError
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("image", "prompt", "text", "label", "split", "group")
@@ -66,7 +67,7 @@ def load_dataset(config: DataConfig) -> Splits:
     rows of one image, or of one prompt where there is no image, go the same way.
 
     Raises:
-        ValueError: the table is missing, empty or wrong; the message names the file and the line.
+        DataError: the table is missing, empty or wrong; the message names the file and the line.
         OSError: it cannot be read.
     """
     if config.source == "emoji":
@@ -80,36 +81,36 @@ def load_dataset(config: DataConfig) -> Splits:
 
 def _read(folder: Path, seed: int) -> tuple[list[list[Sample]], list[str]]:
     if not folder.is_dir():
-        raise ValueError(f"data.source: {folder}: no such folder")
+        raise DataError(f"data.source: {folder}: no such folder")
     tables = sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
     if len(tables) != 1:
         found = ", ".join(t.name for t in tables) or "none"
-        raise ValueError(f"data.source: {folder}: expected one table, *.csv or *.jsonl, found {found}")
+        raise DataError(f"data.source: {folder}: expected one table, *.csv or *.jsonl, found {found}")
     parts: list[list[Sample]] = [[], [], []]
     labels: list[tuple[Sample, str]] = []
     for line, row in _rows(tables[0]):
         where = f"{tables[0]}: line {line}"
         if unknown := row.keys() - {*COLUMNS}:
-            raise ValueError(f"{where}: unknown column {sorted(map(str, unknown))[0]!r}; known: {', '.join(COLUMNS)}")
+            raise DataError(f"{where}: unknown column {sorted(map(str, unknown))[0]!r}; known: {', '.join(COLUMNS)}")
         values = {name: str(value) for name, value in row.items() if value not in (None, "")}
         image = folder / values["image"] if "image" in values else None
         if image is not None and not image.is_file():
-            raise ValueError(f"{where}: no picture {values['image']}")
+            raise DataError(f"{where}: no picture {values['image']}")
         if image is None and "prompt" not in values:
-            raise ValueError(f"{where}: has neither image nor prompt")
+            raise DataError(f"{where}: has neither image nor prompt")
         if "text" not in values and "label" not in values:
-            raise ValueError(f"{where}: has neither text nor label")
+            raise DataError(f"{where}: has neither text nor label")
         group = values.get("group", "text" if "label" not in values else "label")
         sample = Sample(image, values.get("prompt", ""), values.get("text"), None, group)
         shown = values.get("image", values.get("prompt"))
         split = values.get("split", SPLITS[_place(f"{seed} {shown}")])
         if split not in SPLITS:
-            raise ValueError(f"{where}: split: expected one of {', '.join(SPLITS)}, got {split!r}")
+            raise DataError(f"{where}: split: expected one of {', '.join(SPLITS)}, got {split!r}")
         parts[SPLITS.index(split)].append(sample)
         if "label" in values:
             labels.append((sample, values["label"]))
     if not any(parts):
-        raise ValueError(f"data.source: {tables[0]}: has no rows")
+        raise DataError(f"data.source: {tables[0]}: has no rows")
     classes = sorted({label for _, label in labels})
     for sample, label in labels:
         sample.label = classes.index(label)
@@ -128,10 +129,10 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     if line.strip():
                         row = json.loads(line)
                         if not isinstance(row, dict):
-                            raise ValueError(f"line {number}: expected an object, got {line.strip()[:40]}")
+                            raise DataError(f"{table}: line {number}: expected an object, got {line.strip()[:40]}")
                         yield number, row
     except (csv.Error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{table}: {error}") from None
+        raise DataError(f"{table}: {error}") from None
 
 
 def _place(key: str) -> int:
@@ -165,7 +166,7 @@ def _read_picture(path: Path, side: int) -> Tensor:
         with Image.open(path) as image:
             return picture(image, side)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: is no picture that Pillow can read ({type(error).__name__})") from None
+        raise DataError(f"{path}: is no picture that Pillow can read ({type(error).__name__})") from None
 
 
 def collate(
@@ -173,15 +174,15 @@ def collate(
     tokenizer: Any,
     model_config: ModelConfig,
     augment: Augment | None = None,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Batch:
     """A batch of samples; prompts and texts are cut at max_tokens.
 
     Args:
-        augment: what is done to pictures and prompts, with draws from `generator`; None: nothing.
+        augment: what is done to pictures and prompts, with draws from a sample's own of `generators`; None: nothing.
 
     Raises:
-        ValueError: a picture cannot be read; the message names the file.
+        DataError: a picture cannot be read; the message names the file.
     """
     c = model_config
     present = torch.tensor([s.image is not None for s in samples]) & bool(c.image_size)
@@ -195,9 +196,9 @@ def collate(
                 images[i] = picture(sample.image, c.image_size) / 255
     prompts = [tokenizer.encode(s.prompt).ids[: c.max_tokens] if s.prompt else [] for s in samples]
     if augment is not None:
-        assert generator is not None, "generator: augmentation draws from it"
-        images = None if images is None else augment.images(images, generator)
-        prompts = [augment.tokens(ids, generator) for ids in prompts]
+        assert generators is not None, "generators: augmentation draws from them"
+        images = None if images is None else augment.images(images, generators)
+        prompts = [augment.tokens(ids, draw) for ids, draw in zip(prompts, generators, strict=True)]
     texts = [None if s.text is None else tokenizer.encode(s.text).ids[: c.max_tokens - 1] for s in samples]
     written, labelled = any(t is not None for t in texts), any(s.label is not None for s in samples)
     return Batch(

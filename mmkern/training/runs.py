@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from mmkern.model import ModelConfig, MultimodalModel
+from mmkern.model import Batch, ModelConfig, MultimodalModel
 from mmkern.training import checkpoints
 from mmkern.training.augment import Augment
 from mmkern.training.checkpoints import Checkpoint, CheckpointError
@@ -59,7 +59,7 @@ def prepare(config: RunConfig, known: Run | None = None) -> tuple[Problem, Model
 
     Raises:
         TrainingError: a split is empty, or the data have classes that `known` does not.
-        ValueError, OSError: the data cannot be read; the message names the file.
+        DataError, OSError: the data cannot be read; the message names the file.
     """
     splits: Any = load_dataset(config.data)
     if not len(splits.train) and known is None:
@@ -104,9 +104,14 @@ def _texts(samples: Any) -> list[str]:
 
 
 def _batch(
-    samples: Sequence[Any], generator: torch.Generator | None, *, tokenizer: Any, config: ModelConfig, augment: Any
-) -> Any:
-    return collate(samples, tokenizer, config, augment=augment if generator is not None else None, generator=generator)
+    samples: Sequence[Any],
+    draws: Sequence[torch.Generator] | None,
+    *,
+    tokenizer: Any,
+    config: ModelConfig,
+    augment: Augment | None,
+) -> Batch:
+    return collate(samples, tokenizer, config, augment=None if draws is None else augment, generators=draws)
 
 
 def augmentation(config: DataConfig) -> Augment | None:

@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from mmkern.training.problem import DataError
+
 SPECIAL = ["<pad>", "<start>", "<end>"]  # the ids 0, 1, 2
 UNKNOWN = "<unk>"
 COMMON = 5000  # words of a file, from its head, that are known even where no training text has them
@@ -37,14 +39,14 @@ def read_word_vectors(path: Path, texts: Iterable[str]) -> tuple[Tokenizer, Tens
             word is <unk>, whose vector is the mean of all.
 
     Raises:
-        ValueError: the file is none of these, or its lines disagree on the number of channels.
+        DataError: the file is none of these, or its lines disagree on the number of channels.
         OSError: it cannot be read.
     """
     pre = pre_tokenizers.Whitespace()
     wanted = {word for text in texts for word, _ in pre.pre_tokenize_str(text.lower())}
     found = _read(path, wanted)
     if not found:
-        raise ValueError(f"{path}: has no word vectors")
+        raise DataError(f"{path}: has no word vectors")
     known = torch.stack(list(found.values()))
     draw = torch.Generator().manual_seed(0)
     missing = sorted(wanted - found.keys())
@@ -66,11 +68,9 @@ def _read(path: Path, wanted: set[str]) -> dict[str, Tensor]:
         if (i < COMMON or word in wanted) and word not in SPECIAL and word not in found:
             vector = torch.as_tensor(values, dtype=torch.float32)
             if found and vector.shape != next(iter(found.values())).shape:
-                raise ValueError(
-                    f"{path}: word {i + 1}, {word!r}, has {len(vector)} channels, not as many as the first"
-                )
+                raise DataError(f"{path}: word {i + 1}, {word!r}, has {len(vector)} channels, not as many as the first")
             if not vector.isfinite().all():
-                raise ValueError(f"{path}: word {i + 1}, {word!r}, has a value that is not finite")
+                raise DataError(f"{path}: word {i + 1}, {word!r}, has a value that is not finite")
             found[word] = vector
     return found
 
@@ -86,7 +86,7 @@ def _lines(path: Path) -> Iterable[tuple[str, Sequence[float]]]:
             if not values and channels and len(parts) > channels:  # GloVe's largest file has words such as ". . ."
                 values = _numbers(parts[-channels:])
             if not values:
-                raise ValueError(f"{path}: line {number} is no word with its vector")
+                raise DataError(f"{path}: line {number} is no word with its vector")
             channels = channels or len(values)
             yield " ".join(parts[: len(parts) - len(values)]), values
 
@@ -103,7 +103,7 @@ def _binary(path: Path) -> Iterable[tuple[str, Tensor]]:
     with path.open("rb") as file:
         head = file.readline(100).split()
         if len(head) != 2 or not all(part.isdigit() for part in head):
-            raise ValueError(f"{path}: is no word2vec binary: its first line is not 'words channels'")
+            raise DataError(f"{path}: is no word2vec binary: its first line is not 'words channels'")
         count, channels = int(head[0]), int(head[1])
         for number in range(count):
             word = bytearray()
@@ -111,7 +111,7 @@ def _binary(path: Path) -> Iterable[tuple[str, Tensor]]:
                 word += byte
             content = file.read(4 * channels)
             if len(content) < 4 * channels:
-                raise ValueError(f"{path}: ends in word {number + 1} of {count}")
+                raise DataError(f"{path}: ends in word {number + 1} of {count}")
             yield word.decode(errors="replace").lstrip("\n"), torch.frombuffer(bytearray(content), dtype=torch.float32)
 
 
@@ -120,13 +120,13 @@ def _array(path: Path) -> Iterable[tuple[str, Tensor]]:
 
     names = [p for suffix in (".txt", ".vocab") if (p := path.with_suffix(suffix)).exists()]
     if not names:
-        raise ValueError(f"{path}: has no vocabulary beside it ({path.with_suffix('.txt').name}, a word a line)")
+        raise DataError(f"{path}: has no vocabulary beside it ({path.with_suffix('.txt').name}, a word a line)")
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:
-        raise ValueError(f"{path}: is no array of numbers in numpy's format") from None
+        raise DataError(f"{path}: is no array of numbers in numpy's format") from None
     with names[0].open(encoding="utf-8", errors="replace") as file:
         words = [line.rstrip("\n") for line in file]
     if vectors.ndim != 2 or len(words) != len(vectors):
-        raise ValueError(f"{path}: has the shape {vectors.shape}, its vocabulary {len(words)} words")
+        raise DataError(f"{path}: has the shape {vectors.shape}, its vocabulary {len(words)} words")
     return ((word, torch.tensor(vectors[i])) for i, word in enumerate(words))
