@@ -46,21 +46,23 @@ class ImageStem(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.features((images - self.mean) / self.deviation)  # (B, W, height, width)
+        x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.features(x)  # (B, W, height, width)
         return features.permute(0, 2, 3, 1)
 
 
 def conv_stem(width: int) -> nn.Sequential:
     """Four halvings and then a projection: (B, 3, 72, 72) -> (B, width, 5, 5).
 
-    GroupNorm, so that a picture's tokens do not depend on the pictures beside it.
+    GroupNorm, so that a picture's tokens do not depend on the pictures beside it; pooling first, so that norm and GELU
+    see a quarter of the pixels.
     """
     channels = [max(8, width // 4), max(8, width // 2), width]
     layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 5, stride=2, padding=2)]
     for i, wide in enumerate(channels):
         if i:
             layers.append(nn.Conv2d(channels[i - 1], wide, 3, padding=1))
-        layers += [nn.GroupNorm(1, wide), nn.GELU(), nn.MaxPool2d(2, ceil_mode=True)]
+        layers += [nn.MaxPool2d(2, ceil_mode=True), nn.GroupNorm(1, wide), nn.GELU()]
     return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
 
 

@@ -32,7 +32,7 @@ def added(encoding: str) -> str:
 class MLP(nn.Sequential):
     def __init__(self, c: ModelConfig) -> None:
         hidden = int(c.mlp_ratio * c.width)
-        super().__init__(nn.Linear(c.width, hidden), nn.GELU(), nn.Dropout(c.dropout), nn.Linear(hidden, c.width))
+        super().__init__(nn.Linear(c.width, hidden), nn.GELU(), nn.Linear(hidden, c.width), nn.Dropout(c.dropout))
 
 
 def attention(c: ModelConfig, **options: Any) -> MultiheadAttention:

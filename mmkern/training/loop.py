@@ -98,9 +98,9 @@ def make_optimizer(model: nn.Module, c: TrainingConfig) -> torch.optim.Optimizer
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     if c.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum)
+        return torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum, fused=True)
     kind = torch.optim.Adam if c.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=c.learning_rate, betas=c.betas)
+    return kind(groups, lr=c.learning_rate, betas=c.betas, fused=True)
 
 
 def pick_device(name: str) -> torch.device:
