@@ -60,7 +60,7 @@ $(STAMP): pyproject.toml constraints.txt $(if $(VENV),$(PY))
 	$(PY) -m pip install -c constraints.txt torch==2.13.0
 	$(PY) -m pip install -c constraints.txt setuptools pybind11 ninja
 	$(PY) setup.py -q build_ext --inplace
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,train,transformers,dev]'
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,train,glove,transformers,dev]'
 	@mkdir -p $(@D) && touch $@
 
 $(VENV)/bin/%:

