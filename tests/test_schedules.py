@@ -35,13 +35,13 @@ def test_schedules_are_those_of_torch(options, make):
     torch.testing.assert_close(found, torch_factors(make, 40))
 
 
-def test_warm_up_rises_linearly_and_hands_over_at_the_top():
+def test_warm_up_rises_with_the_square_of_the_step_and_hands_over_at_the_top():
     found = [factor(step, schedule="cosine", total=30, warmup=10) for step in range(31)]
-    torch.testing.assert_close(found[:10], [(i + 1) / 10 for i in range(10)])
+    torch.testing.assert_close(found[:10], [((i + 1) / 10) ** 2 for i in range(10)])
     assert found[10] == 1.0
     assert found[20] == pytest.approx(0.5)
     assert found[30] == 0.0
-    assert [factor(s, schedule="step", total=30, warmup=4, every=10) for s in (3, 9, 10)] == [1.0, 1.0, 0.1]
+    assert [factor(s, schedule="step", total=30, warmup=4, every=10) for s in (1, 3, 9, 10)] == [0.25, 1.0, 1.0, 0.1]
 
 
 def test_an_unknown_schedule_is_named():

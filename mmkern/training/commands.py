@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -232,13 +233,15 @@ def _shown(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 def _table(title: str, found: dict[str, dict[str, Any]]) -> Table:
     names = [n for n in dict.fromkeys(n for v in found.values() for n in v) if n != "confusion"]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)  # 80 columns
     table.add_column("task", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for group, values in found.items():
         cells = [values.get(name, "") for name in names]
-        table.add_row(group, *(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+        shown = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        _, of_group, baseline = group.partition(": ")
+        table.add_row(f"  {baseline}" if of_group else group, *shown)
     return table
 
 

@@ -25,7 +25,8 @@ def factor(
         step: the step about to be taken, from 0.
         schedule: "constant" and "plateau": 1; "step": gamma ** (step // every); "cosine" and "linear": from 1 at the
             end of the warm-up down to `floor` at `total`.
-        total: number of steps of the training. warmup: steps over which the factor rises linearly to 1.
+        total: number of steps of the training. warmup: steps over which the factor rises to 1, with the
+            square of the step: slowly while the optimizer has seen few gradients.
         every, gamma: of "step".
         floor: where "cosine" and "linear" end.
 
@@ -37,7 +38,7 @@ def factor(
     if schedule == "step" and every < 1:
         raise ValueError(f"every: expected at least 1 with the schedule step, got {every}")
     if step < warmup:
-        return (step + 1) / warmup
+        return ((step + 1) / warmup) ** 2
     if schedule == "step":
         return gamma ** (step // every)
     if schedule in ("constant", "plateau"):
