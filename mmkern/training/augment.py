@@ -24,10 +24,10 @@ class Augment:
     """
 
     pictures: bool = True
-    zoom: float = 0.15
-    shift: float = 0.08
-    jitter: float = 0.1
-    occlusion: float = 0.25
+    zoom: float = 0.08
+    shift: float = 0.04
+    jitter: float = 0.05
+    occlusion: float = 0.1
     token_dropout: float = 0.0
 
     def images(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

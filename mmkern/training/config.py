@@ -70,19 +70,19 @@ class DataConfig(_Section):
 class TrainingConfig(_Section):
     """How it is learned."""
 
-    steps: int = Field(default=2400, ge=1)
+    steps: int = Field(default=4500, ge=1)
     batch_size: int = Field(default=32, ge=1)  # over all processes
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd
     betas: tuple[float, float] = (0.9, 0.98)  # of adam and adamw
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, ge=0)  # norm of the gradient; 0: as it is
     schedule: Literal["constant", "step", "cosine", "linear", "plateau"] = "cosine"
-    warmup: int = Field(default=100, ge=0)  # steps
+    warmup: int = Field(default=800, ge=0)  # steps
     decay_every: int = Field(default=500, ge=1)  # steps, of the schedule step
     decay: float = Field(default=0.1, gt=0, le=1)  # of the schedules step and plateau
     floor: float = Field(default=0.02, ge=0, le=1)  # of cosine and linear: share of the learning rate at the end
@@ -91,8 +91,8 @@ class TrainingConfig(_Section):
     weights: dict[Literal["text", "class", "image", "distill"], float] = {}  # of the losses; 1 unless given
     teacher: Path | None = None  # run folder of a model whose answers are learned too
     temperature: float = Field(default=2.0, gt=0)  # of teacher and student
-    evaluate_every: int = Field(default=400, ge=1)  # steps
-    checkpoint_every: int = Field(default=200, ge=1)  # steps
+    evaluate_every: int = Field(default=500, ge=1)  # steps
+    checkpoint_every: int = Field(default=250, ge=1)  # steps
     evaluation_samples: int = Field(default=384, ge=1)  # of the validation split, at most
 
 
