@@ -313,9 +313,12 @@ def test_the_page_escapes_what_it_shows(tmp_path):
         image, prompt, text, label, group = None, "<script>alert(1)</script>", "b", None, "g"
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 1.0}\n')
-    page = run_page.write(tmp_path, {"a": "<b>"}, {"g": {"chrf": 0.5}}, [Prediction(Sample, text="<i>")], [])
+    metrics = {"g": {"chrf": 0.5, "confusion": [[3, 41], [0, 5]]}, "g: baseline": {"confusion": [[77, 0], [0, 0]]}}
+    page = run_page.write(tmp_path, {"a": "<b>"}, metrics, [Prediction(Sample, text="<i>")], ["<u>", "v"])
     text = page.read_text()
     assert "<script>" not in text
     assert "&lt;i&gt;" in text
     assert "expected: b" in text
+    assert "&lt;u&gt;</th>" in text
+    assert [count for count in ("3", "41", "5", "77") if f">{count}</td>" in text] == ["3", "41", "5"]
     assert run_page.smoothed([1.0, 1.0, 4.0], keep=0.5) == pytest.approx([1.0, 1.0, (0.25 + 0.5 + 4) / 1.75])

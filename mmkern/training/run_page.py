@@ -15,12 +15,13 @@ from mmkern.training.evaluation import Prediction
 
 PAGE = "page.html"
 CURVES = "curves.svg"
+CLASSES_SHOWN = 16  # a larger table of mistakes is no longer read
 _TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
 <style>
  body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
  table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .8rem; text-align: left }
- th { border-bottom: 1px solid #999 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+ th { border-bottom: 1px solid #999 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
  .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: .8rem }
  figure { display: flex; gap: .8rem; margin: 0; padding: .6rem; border: 1px solid #ddd; border-radius: .4rem }
  img { width: 72px; height: 72px; object-fit: contain } figcaption { font-size: .9em }
@@ -30,9 +31,14 @@ _TEMPLATE = """<!doctype html>
 <table>{% for name, value in facts.items() %}<tr><td class="quiet">{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}
 </table>
 <h2>Held-out test data</h2>
-<table><tr><th>task</th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
+<table><tr><th>task</th>{% for name in names %}<th class="n">{{ name }}</th>{% endfor %}</tr>
 {% for group, values in metrics.items() %}<tr><td>{{ group }}</td>
 {% for name in names %}<td class="n">{{ shown(values.get(name)) }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for group, counts in confusions.items() %}<h2>Which classes are mistaken: {{ group }}</h2>
+<table><tr><th>expected, said</th>{% for name in classes %}<th class="n">{{ name }}</th>{% endfor %}</tr>
+{% for row in counts %}<tr><td>{{ classes[loop.index0] }}</td>{% set i = loop.index0 %}
+{% for count in row %}<td class="n {{ "right" if loop.index0 == i else "wrong" }}">{{ count or "" }}</td>
+{% endfor %}</tr>{% endfor %}</table>{% endfor %}
 <h2>Curves</h2>
 {{ curves }}
 <h2>Predictions on test data</h2>
@@ -48,7 +54,7 @@ def curves(found: Sequence[dict[str, Any]]) -> str:
     """The loss and the scores of a run's records over its steps, as SVG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     train = [r for r in found if r["split"] == "train"]
     steps = [r["step"] for r in train]
@@ -65,7 +71,7 @@ def curves(found: Sequence[dict[str, Any]]) -> str:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None})
     return written.getvalue()
@@ -91,12 +97,15 @@ def write(
     drawn = curves(records.read(folder))
     (folder / CURVES).write_text(drawn)
     names = [n for n in dict.fromkeys(n for v in metrics.values() for n in v) if n != "confusion"]
+    confusions = {group: v["confusion"] for group, v in metrics.items() if "confusion" in v and ": " not in group}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(_TEMPLATE).render(
         title=f"mmkern: {folder.name}",
         facts=facts,
         names=names,
         metrics=metrics,
+        classes=classes,
+        confusions=confusions if len(classes) <= CLASSES_SHOWN else {},
         shown=lambda v: "" if v is None else f"{v:.3f}" if isinstance(v, float) else v,
         curves=jinja2.utils.markupsafe.Markup(drawn[drawn.index("<svg") :]),
         predictions=[_entry(p, classes) for p in predictions],
