@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+
+from mmkern.training.console import one_line, progress, table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,47 +39,6 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """What the user can mend is one line and status 2, never a traceback."""
-    try:
-        from mmkern.training.checkpoints import CheckpointError
-        from mmkern.training.config import ConfigError
-        from mmkern.training.loop import TrainingError
-        from mmkern.training.problem import DataError
-    except ImportError as missing:
-        raise typer.BadParameter(f"needs {missing.name}, which is not installed: pip install 'mmkern[train]'") from None
-    try:
-        yield
-    except (CheckpointError, ConfigError, ImportError, TrainingError) as error:
-        raise typer.BadParameter(str(error)) from None
-    except DataError as error:  # in a process that loads ahead, its line is the last of a traceback's
-        line = str(error).strip().splitlines()[-1]
-        raise typer.BadParameter(line.rpartition("DataError: ")[2]) from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise typer.BadParameter(f"{where}{error.strerror or error}") from None
-
-
-@contextmanager
-def _progress(total: int, text: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; call what it yields with how many steps were made, and the text beside the bar."""
-    columns = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn()
-    console = Console(stderr=True)
-    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=quiet)
-    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
-    log = logging.getLogger("mmkern.training")
-    log.handlers, log.propagate = ([] if quiet else [handler]), False
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
-    with bar:
-        task = bar.add_task(text, total=total)
-
-        def step(done: int, said: str = "") -> None:
-            bar.update(task, advance=done, description=said or text)
-
-        yield step
-
-
 def train(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file [the defaults].")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/default"),
@@ -91,8 +47,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Instead of training.seed.")] = None,
     reference: Annotated[bool, typer.Option("--reference", help="On reference ops: the same, slower.")] = False,
 ) -> None:
-    """Train a model of pictures and text; without CONFIG on 3,800 emoji, in minutes on two CPU cores."""
-    with _one_line():
+    """Train a model of pictures and text; without CONFIG on 3,700 emoji, in minutes on two CPU cores."""
+    with one_line():
         import mmkern
         from mmkern.training import checkpoints
         from mmkern.training.config import ConfigError, parse, read
@@ -163,7 +119,7 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
         output.mkdir(parents=True, exist_ok=True)
         if not resume:
             (output / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1))
-    with _progress(config.training.steps, "training", quiet=not first) as step:
+    with progress(config.training.steps, "training", quiet=not first) as step:
         for reason in refused:
             log.warning("passed over: %s", reason)
         parameters = sum(p.numel() for p in model.parameters())
@@ -171,10 +127,10 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
             "%d samples, %d classes, %.2f M parameters", len(problem.train), len(problem.classes), parameters / 1e6
         )
 
-        def progress(at: int, record: dict[str, float]) -> None:
+        def report(at: int, record: dict[str, float]) -> None:
             step(1, f"loss {record['loss']:.3f}")
 
-        trainer = Trainer(config, problem, model, output, None if teacher is None else teacher.model, progress)
+        trainer = Trainer(config, problem, model, output, None if teacher is None else teacher.model, report)
         if found is not None:
             trainer.restore(found)
             step(found.step)
@@ -198,7 +154,7 @@ def _finish(output: Path, problem: Problem, seconds: float) -> None:
     from mmkern.training.runs import open_run
 
     run = open_run(output)
-    with _progress(len(problem.test), "testing") as step:
+    with progress(len(problem.test), "testing") as step:
         predictions, _ = evaluation.predict(run.model, problem, problem.test, step)
     found = evaluation.metrics(predictions, problem.classes)
     facts = {
@@ -219,7 +175,7 @@ def _finish(output: Path, problem: Problem, seconds: float) -> None:
     rows = dict(sorted(rows.items()))
     page = run_page.write(output, {k: str(v) for k, v in facts.items()}, rows, _shown(predictions), problem.classes)
     console = Console()
-    console.print(_table(f"test data, best checkpoint (step {run.checkpoint.step})", rows))
+    console.print(table(f"test data, best checkpoint (step {run.checkpoint.step})", rows))
     console.print(f"{seconds:.0f} s; written: {output} (look at {page})", highlight=False, soft_wrap=True)
 
 
@@ -229,20 +185,6 @@ def _shown(predictions: Sequence[Prediction]) -> list[Prediction]:
     for prediction in predictions:
         groups.setdefault(prediction.sample.group, []).append(prediction)
     return [p for group in groups.values() for p in group[:: max(1, len(group) // PICTURES)][:PICTURES]]
-
-
-def _table(title: str, found: dict[str, dict[str, Any]]) -> Table:
-    names = [n for n in dict.fromkeys(n for v in found.values() for n in v) if n != "confusion"]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)  # 80 columns
-    table.add_column("task", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for group, values in found.items():
-        cells = [values.get(name, "") for name in names]
-        shown = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        _, of_group, baseline = group.partition(": ")
-        table.add_row(f"  {baseline}" if of_group else group, *shown)
-    return table
 
 
 def _compressed(run: Run, prune: float, int8: bool) -> MultimodalModel:
@@ -269,7 +211,7 @@ def evaluate(
     """Score a run's best checkpoint on held-out data; with --prune or --int8 also the smaller model, and both sizes."""
     if split not in ("train", "validation", "test"):
         raise typer.BadParameter(f"--split: expected train, validation or test, got {split!r}")
-    with _one_line():
+    with one_line():
         from mmkern.training import compress, evaluation
         from mmkern.training.loop import TrainingError, pick_device
         from mmkern.training.runs import open_run, prepare
@@ -289,12 +231,12 @@ def evaluate(
             models[name] = _compressed(opened, prune, int8)
         for name, model in models.items():
             start = time.perf_counter()
-            with _progress(len(chosen), name) as step:
+            with progress(len(chosen), name) as step:
                 predictions, _ = evaluation.predict(model, problem, chosen, step)
             seconds = time.perf_counter() - start
             console = Console()
             found = evaluation.metrics(predictions, problem.classes)
-            console.print(_table(f"{split} data, step {opened.checkpoint.step}, {name}", found))
+            console.print(table(f"{split} data, step {opened.checkpoint.step}, {name}", found))
             console.print(f"{compress.size(model)}; {seconds:.1f} s", highlight=False)
 
 
@@ -315,7 +257,7 @@ def generate(
     """Let a run's model write about a picture, a prompt, or both."""
     if image is None and not prompt:
         raise typer.BadParameter("give --image, --prompt, or both")
-    with _one_line():
+    with one_line():
         from mmkern.model import generate as write
         from mmkern.training.data import Sample, collate
         from mmkern.training.runs import open_run
@@ -338,7 +280,7 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="Classes to show of each picture.")] = 3,
 ) -> None:
     """Tell the class of pictures."""
-    with _one_line():
+    with one_line():
         import torch
 
         from mmkern.training.data import Sample, collate
