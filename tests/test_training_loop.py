@@ -63,7 +63,7 @@ def test_one_step_is_torchs(tmp_path):
     batch = Steps(run.problem, 8, 0)[0]
     model = built(config)
     total = sum({"text": 0.3, "class": 2.0}[name] * loss for name, loss in model.loss(batch).items())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01 / 5, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01 / 5**2, momentum=0.9)  # first of five steps of warm-up
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     decay = [p.detach() * 0.01 if p.dim() > 1 else torch.zeros_like(p) for p in model.parameters()]
