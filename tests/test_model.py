@@ -45,7 +45,7 @@ def test_choices_that_do_not_go_together_are_refused():
 
 
 def mlp(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    first, second = block.mlp[0], block.mlp[3]
+    first, second = block.mlp[0], block.mlp[2]
     return F.linear(F.gelu(F.linear(x, first.weight, first.bias)), second.weight, second.bias)
 
 

@@ -254,7 +254,9 @@ def test_a_student_of_another_size_learns_from_a_run(run, capsys, tmp_path):
 def test_an_interrupted_run_says_how_to_go_on(run, tmp_path):
     command = [sys.executable, "-m", "mmkern.cli", "train", str(run / "config.toml"), "--output", str(tmp_path / "run")]
     command += ["--steps", "100000"]  # it ends when it is told to
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     while not list(tmp_path.glob("run/checkpoints/step-*")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
