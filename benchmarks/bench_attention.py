@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmkern
-from mmkern.benchmarks.measure import DTYPES, Baseline, Call, Case, Problem
-from mmkern.testing import randn
+from mmkern.benchmarks.inputs import SCORES, normal, sample
+from mmkern.benchmarks.records import DTYPES, Baseline, Call, Case, Problem
 
 ALL, TWO, F32 = tuple(DTYPES), ("float32", "bfloat16"), ("float32",)
-# Comparing every query of a longer sequence with float64 takes gigabytes per head: every 16th is compared.
-LONGEST_WHOLE = 4096
+FEWEST = 16  # queries of each head that are compared with float64, however long the keys
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ SHAPES += GPU
 TEMPERATURE = 10.0
 
 
-def cases() -> Iterator[Case]:
-    for s in SHAPES:
+def cases(shapes: Sequence[Shape] = SHAPES) -> Iterator[Case]:
+    for s in shapes:
         for name in s.dtypes:
             dtype = DTYPES[name]
             decode = s.op == "attention-decode"
@@ -134,9 +133,9 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
     layout = "transposed"
     # without a scale (T5) the projection that makes q keeps the scores small
     size = s.head_dim**-0.5 if s.options.get("scale") == 1.0 else 1.0
-    q = randn(s.batch, s.heads[0], s.q_len, s.head_dim, dtype=dtype, layout=layout, seed=1, scale=size).to(device)
-    k = randn(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=2).to(device)
-    v = randn(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=3).to(device)
+    q = normal(s.batch, s.heads[0], s.q_len, s.head_dim, dtype=dtype, layout=layout, seed=1, scale=size).to(device)
+    k = normal(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=2).to(device)
+    v = normal(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=3).to(device)
     options, theirs = dict(s.options), dict(s.options)
     baselines = []
     if s.op == "attention-cosine":
@@ -152,14 +151,14 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
         theirs["attn_mask"] = (torch.arange(s.k_len, device=device) < lengths[:, None])[:, None, None, :]
         options |= {"key_lengths": lengths} if s.op == "attention-lengths" else theirs
     elif s.op == "attention-bias":
-        bias = randn(1, s.heads[0], s.q_len, s.k_len, dtype=dtype, seed=4).to(device)
+        bias = normal(1, s.heads[0], s.q_len, s.k_len, dtype=dtype, seed=4).to(device)
         options["attn_mask"] = theirs["attn_mask"] = bias
     elif s.op == "attention-window":
         behind = torch.arange(s.q_len, device=device)[:, None] - torch.arange(s.k_len, device=device)
         theirs = {"attn_mask": (behind >= 0) & (behind < s.options["window"])}
         options = {"is_causal": True, "window": (s.options["window"] - 1, 0)}
-    step = 1 if s.q_len <= LONGEST_WHOLE else 16
-    exact = partial(_exact, formula, q[:, :, ::step], k, v, dict(theirs))
+    some = sample(s.q_len, max(FEWEST, SCORES // (s.batch * s.heads[0] * s.k_len)))
+    exact = partial(_exact, formula, q, k, v, dict(theirs), some)
     if s.heads[0] != s.heads[1]:
         options["enable_gqa"] = theirs["enable_gqa"] = True
         if s.q_len == 1:
@@ -172,7 +171,8 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
         named = [Baseline("sdpa", call), *pinned(lambda: call, device)]
         if s.level == "gpu" and s.op in ("attention", "attention-causal") and s.head_dim <= 128:
             named.append(Baseline("flex attention", _flex(q, k, v, s)))
-    return Problem(ours, [*named, *baselines], exact, lambda output: output[:, :, ::step])
+    inputs = [q, k, v, *([options["attn_mask"]] if s.op == "attention-bias" else [])]
+    return Problem(ours, [*named, *baselines], exact, compared=lambda outputs: (outputs[0][:, :, some],), inputs=inputs)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, s: Shape) -> Call:
@@ -211,17 +211,25 @@ def _cdist_softmax_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.cdist(q, k) / -math.sqrt(q.size(-1))).softmax(-1) @ v
 
 
-def _exact(formula: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    """torch's formula in float64, one key head at a time: all scores at once would not fit.
+def _exact(
+    formula: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], some: Tensor
+) -> Tensor:
+    """torch's formula in float64 for some of the queries, one key head at a time: all scores at once would not fit.
 
     Not mmkern's own reference: a mistake in what leads to both of them would not show.
     """
-    q, k, v = (t.double() for t in (q, k, v))
-    group = q.size(1) // k.size(1)
+    options = dict(options)
+    some = some.to(q.device)
     mask = options.get("attn_mask")
+    if options.pop("is_causal", False):
+        mask = some[:, None] >= torch.arange(k.size(2), device=q.device)
+    elif mask is not None and mask.size(-2) > 1:
+        mask = mask[..., some, :]
     if mask is not None:
         mask = (mask.double() if mask.is_floating_point() else mask)[(None,) * (4 - mask.dim())]
-        options = options | {"attn_mask": mask}
+        options["attn_mask"] = mask
+    q, k, v = q[:, :, some].double(), k.double(), v.double()
+    group = q.size(1) // k.size(1)
     outputs = []
     for i in range(k.size(1)):
         heads = slice(i * group, (i + 1) * group)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkern
-from mmkern.benchmarks.bench_attention import CAUSAL, TWO, Shape, pinned
-from mmkern.benchmarks.measure import DTYPES, SEED, Baseline, Case, Problem
+from mmkern.benchmarks.bench_attention import ALL, CAUSAL, TWO, Shape, pinned
+from mmkern.benchmarks.inputs import SCORES, normal, sample
+from mmkern.benchmarks.records import DTYPES, SEED, Baseline, Case, Outputs, Problem
 from mmkern.reference.philox import keep_mask
-from mmkern.testing import randn
 
 DROPOUT = {"dropout_p": 0.1}
 SHAPES = [
@@ -41,13 +41,13 @@ SHAPES += [
 ]  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
-    for s in SHAPES:
+def cases(shapes: Sequence[Shape] = SHAPES) -> Iterator[Case]:
+    for s in shapes:
         alone = s.op.startswith("attention-backward")
         pairs = s.q_len * (s.q_len + 1) / 2 if s.options.get("is_causal") else s.q_len * s.k_len
         rows = s.batch * (s.heads[0] * s.q_len + s.heads[1] * s.k_len) * s.head_dim
         heads = str(s.heads[0]) if s.heads[0] == s.heads[1] else f"{s.heads[0]}/{s.heads[1]}"
-        for name in TWO if s.level != "gpu" else s.dtypes:
+        for name in TWO if s.level != "gpu" and s.dtypes == ALL else s.dtypes:
             dtype = DTYPES[name]
             yield Case(
                 "attention",
@@ -67,14 +67,14 @@ def cases() -> Iterator[Case]:
 
 def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
     # (batch, length, heads, head_dim) in memory, as a model's projections leave it and want the gradient
-    new = partial(randn, dtype=dtype, layout="transposed")
+    new = partial(normal, dtype=dtype, layout="transposed")
     size = s.head_dim**-0.5 if s.options.get("scale") == 1.0 else 1.0
     q = new(s.batch, s.heads[0], s.q_len, s.head_dim, seed=1, scale=size)
     k, v = (new(s.batch, s.heads[1], s.k_len, s.head_dim, seed=seed) for seed in (2, 3))
     grad = new(s.batch, s.heads[0], s.q_len, s.head_dim, seed=4).to(device)
     inputs = [q, k, v]
     if s.op == "attention-mask-gradient":
-        inputs.append(randn(1, s.heads[0], s.q_len, s.k_len, dtype=dtype, seed=5))
+        inputs.append(normal(1, s.heads[0], s.q_len, s.k_len, dtype=dtype, seed=5))
     inputs = [t.to(device) for t in inputs]
     options = s.options | ({"enable_gqa": True} if s.heads[0] != s.heads[1] else {})
     sdpa = partial(F.scaled_dot_product_attention, **options)
@@ -82,13 +82,54 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
     baselines = [Baseline("sdpa", gradients(sdpa))]
     if gradients.keywords["once"]:  # of dropout and of a mask's gradient torch has no kernel: the first is the math one
         baselines += pinned(lambda: gradients(sdpa), device)
+    part = _Part(s)
     formula, yardstick = sdpa, None
     if "dropout_p" in options:
-        formula = partial(_with_dropout, _keep(s, device), options)
-        yardstick = gradients(formula)
-    exact = _Gradients(formula, [t.double() for t in inputs], grad.double())
+        formula = partial(_with_dropout, part(_keep(s, device)), options)
+    elif s.options.get("is_causal"):
+        formula = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    else:
+        formula = partial(F.scaled_dot_product_attention, enable_gqa=True, scale=options.get("scale"))
+
+    def exact(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        given = [part(t.detach()).to(dtype) for t in inputs]
+        return _Gradients(formula if len(given) == 3 else part.masked(formula), given, part(grad).to(dtype))()
+
+    if "dropout_p" in options:
+        yardstick = partial(exact, dtype)
     ours = gradients(partial(mmkern.scaled_dot_product_attention, **options))
-    return Problem(ours, baselines, exact, kind="gradient", yardstick=yardstick)
+    # what a graph that is kept has saved must stay as it was: there the gradient of the output changes alone
+    changed = [grad] if gradients.keywords["once"] else [*inputs, grad]
+    return Problem(ours, baselines, exact, part.of, kind="gradient", yardstick=yardstick, inputs=changed)
+
+
+class _Part:
+    """Some batch entries and key heads with the query heads that read them: their gradients need nothing else.
+
+    A mask's gradient is a sum over the batch, so that there all batch entries of some heads are taken.
+    """
+
+    def __init__(self, s: Shape) -> None:
+        self.kv, self.group = s.heads[1], s.heads[0] // s.heads[1]
+        self.whole_batch = s.op == "attention-mask-gradient"
+        each = self.group * s.q_len * s.k_len * (s.batch if self.whole_batch else 1)
+        chosen = sample(self.kv if self.whole_batch else s.batch * self.kv, max(2, SCORES // each))
+        self.entry, self.head = (
+            (torch.arange(s.batch), chosen) if self.whole_batch else (chosen // self.kv, chosen % self.kv)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(parts, heads of a part, length, width) of x: queries, keys, values, a mask or any gradient of them."""
+        if self.whole_batch:
+            return x[:, self.head]
+        return x.unflatten(1, (self.kv, -1))[self.entry, self.head]
+
+    def of(self, outputs: Outputs) -> Outputs:
+        return tuple(map(self, outputs))
+
+    @staticmethod
+    def masked(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v, mask: formula(q, k, v, attn_mask=mask)
 
 
 class _Gradients:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkern
-from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
-from mmkern.testing import randn
+from mmkern.benchmarks.inputs import ELEMENTS, normal, sample
+from mmkern.benchmarks.records import DTYPES, Baseline, Call, Case, Outputs, Problem
 
 # name, shape of the logits, label smoothing, level
 SHAPES: list[tuple[str, tuple[int, ...], float, str]] = [
@@ -28,10 +28,12 @@ SHAPES: list[tuple[str, tuple[int, ...], float, str]] = [
 ]
 # name, tokens, width, vocabulary, level
 LINEAR: list[tuple[str, int, int, int, str]] = [
-    ("Llama-2 vocabulary", 1024, 512, 32000, "default"),
+    ("Llama-2 vocabulary 256", 256, 512, 32000, "default"),
+    ("Llama-2 vocabulary", 1024, 512, 32000, "full"),
     ("Llama-3 vocabulary", 512, 256, 128256, "full"),
 ]
 TWO = ("float32", "bfloat16")
+CHUNK = 64  # tokens whose logits are held in float64 at once: 64 MiB of a vocabulary of 128 thousand
 
 
 def cases() -> Iterator[Case]:
@@ -67,14 +69,28 @@ def cases() -> Iterator[Case]:
 
 
 def _cross_entropy(shape: tuple[int, ...], smoothing: float, dtype: torch.dtype, device: str) -> Problem:
-    x = randn(*shape, dtype=dtype, scale=3.0).to(device)
+    x = normal(*shape, dtype=dtype, scale=3.0).to(device)
+    rows = shape[0] * math.prod(shape[2:])
+    picked = sample(rows, max(4, ELEMENTS // shape[1])).to(device)
     draw = torch.Generator().manual_seed(1)
     target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=draw).to(device)
     options = {"target": target, "label_smoothing": smoothing}
     others = {"cross_entropy": partial(F.cross_entropy, **options)}
     if device != "cpu" and find_spec("liger_kernel"):
         others["liger, on a copy"] = partial(_liger, **options)
-    return _problem(partial(mmkern.cross_entropy, **options), others, [x])
+
+    def by_row(gradient: Tensor) -> Tensor:
+        return gradient.movedim(1, -1).reshape(rows, -1)[picked]
+
+    def exact() -> tuple[Tensor, ...]:
+        """A row's gradient is its own: the mean over all of them is the sum over those picked, and a division."""
+        leaf = by_row(x.detach()).double().requires_grad_()
+        chosen = target.reshape(-1)[picked]
+        loss = F.cross_entropy(leaf, chosen, label_smoothing=smoothing, reduction="sum") / rows
+        return torch.autograd.grad(loss, [leaf])
+
+    ours = partial(mmkern.cross_entropy, **options)
+    return _problem(ours, others, [x], exact, lambda outputs: (by_row(outputs[0]),))
 
 
 def _liger(x: Tensor, **options: Any) -> Tensor:
@@ -85,24 +101,40 @@ def _liger(x: Tensor, **options: Any) -> Tensor:
 
 
 def _linear(tokens: int, width: int, classes: int, dtype: torch.dtype, device: str) -> Problem:
-    hidden = randn(tokens, width, dtype=dtype, seed=1).to(device)
-    weight = randn(classes, width, dtype=dtype, seed=2, scale=width**-0.5).to(device)
+    hidden = normal(tokens, width, dtype=dtype, seed=1).to(device)
+    weight = normal(classes, width, dtype=dtype, seed=2, scale=width**-0.5).to(device)
     target = torch.randint(classes, (tokens,), generator=torch.Generator().manual_seed(3)).to(device)
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight), target)
 
+    picked, some = sample(tokens, 64).to(device), sample(classes, 64).to(device)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        """d loss / d logits = (softmax - one at the target) / tokens: the gradient of some tokens needs their rows of
+        it, that of some classes their columns, and a column needs every row's log-sum-exp."""
+        h, w = hidden.detach().double(), weight.detach().double()
+        lse = torch.cat([(part @ w.T).logsumexp(1) for part in h.split(CHUNK)])
+        rows = (h[picked] @ w.T - lse[picked, None]).exp()
+        rows[torch.arange(len(picked), device=device), target[picked]] -= 1.0
+        columns = (h @ w[some].T - lse[:, None]).exp() - (target[:, None] == some).double()
+        return rows @ w / tokens, columns.T @ h / tokens
+
     ours = partial(mmkern.linear_cross_entropy, target=target)
-    return _problem(ours, {"linear + cross_entropy": eager}, [hidden, weight])
+    given = {"linear + cross_entropy": eager}
+    return _problem(ours, given, [hidden, weight], exact, lambda outputs: (outputs[0][picked], outputs[1][some]))
 
 
 def _problem(
-    ours: Callable[..., Tensor], theirs: dict[str, Callable[..., Tensor]], inputs: Sequence[Tensor]
+    ours: Callable[..., Tensor],
+    theirs: dict[str, Callable[..., Tensor]],
+    inputs: Sequence[Tensor],
+    exact: Call,
+    compared: Callable[[Outputs], Outputs],
 ) -> Problem:
     def gradients(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
         leaves = [t.detach().requires_grad_() for t in inputs]
         return lambda: torch.autograd.grad(call(*leaves), leaves)
 
-    exact = gradients(next(iter(theirs.values())), [t.double() for t in inputs])
     baselines = [Baseline(name, gradients(call, inputs)) for name, call in theirs.items()]
-    return Problem(gradients(ours, inputs), baselines, exact, kind="gradient")
+    return Problem(gradients(ours, inputs), baselines, exact, compared, kind="gradient", inputs=inputs)

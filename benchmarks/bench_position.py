@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkern
-from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
-from mmkern.testing import randn
+from mmkern.benchmarks.inputs import ELEMENTS, normal, sample
+from mmkern.benchmarks.records import DTYPES, Baseline, Call, Case, Outputs, Problem
 
 # op, name, shape, layout or encoding, level; rotary: batch, query heads, key heads, length, head dim;
 # add: batch, length, dim; embed: batch, length, dim, vocabulary
@@ -67,8 +67,8 @@ def cases() -> Iterator[Case]:
 
 def _rotary(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Problem:
     batch, q_heads, k_heads, length, dim = shape
-    q = randn(batch, q_heads, length, dim, dtype=dtype, layout="transposed", seed=1).to(device)
-    k = randn(batch, k_heads, length, dim, dtype=dtype, layout="transposed", seed=2).to(device)
+    q = normal(batch, q_heads, length, dim, dtype=dtype, layout="transposed", seed=1).to(device)
+    k = normal(batch, k_heads, length, dim, dtype=dtype, layout="transposed", seed=2).to(device)
     first = 777 if length == 1 else 0  # decode: one token, late in the sequence
     positions = torch.arange(first, first + length, device=device)
     # a model makes these once per step and shares them over its layers, so making them is not timed
@@ -85,17 +85,29 @@ def _rotary(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str
     def usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
+    some = _positions(length, batch * (q_heads + k_heads) * dim)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        return usual(q[:, :, some].double(), k[:, :, some].double(), *(t[some] for t in exact_turn))
+
     return Problem(
         partial(mmkern.rotary, q, k, positions, layout=layout),
         [Baseline("x * cos + rotate(x) * sin", partial(usual, q, k, *turn))],
-        lambda: usual(q.double(), k.double(), *exact_turn),
+        exact,
+        compared=lambda outputs: tuple(t[:, :, some] for t in outputs),
+        inputs=[q, k],
     )
+
+
+def _positions(length: int, elements: int) -> Tensor:
+    """Those compared with float64, of `elements` elements each."""
+    return sample(length, max(2, ELEMENTS // elements))
 
 
 def _table(kind: str, length: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
     """What is added, (length, dim) in float64; a learned table has values of `dtype`."""
     if kind == "learned":
-        return randn(length, dim, dtype=dtype, seed=3).to(device).double()
+        return normal(length, dim, dtype=dtype, seed=3).to(device).double()
     positions = torch.arange(length, device=device).double()[:, None]
     if kind == "scalar":
         return (positions / 10000.0).sin() + (positions / 10000.0).cos().expand(length, dim)
@@ -105,27 +117,31 @@ def _table(kind: str, length: int, dim: int, dtype: torch.dtype, device: str) ->
 
 def _add(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
     batch, length, dim = shape
-    x = randn(batch, length, dim, dtype=dtype, seed=1).to(device)
+    x = normal(batch, length, dim, dtype=dtype, seed=1).to(device)
     table, scale = _table(kind, length, dim, dtype, device), math.sqrt(dim)
     rounded = table.to(dtype)
     encoding = rounded if kind == "learned" else kind
+    some = _positions(length, batch * dim)
     return Problem(
         partial(mmkern.add_positional_encoding, x, encoding, scale=scale),
         [
             Baseline("x * scale + table", lambda: x * scale + rounded),
             Baseline("torch.add(table, x, alpha)", lambda: torch.add(rounded, x, alpha=scale)),
         ],
-        lambda: x.double() * scale + table,
+        lambda: x[:, some].double() * scale + (rounded[some].double() if kind == "learned" else table[some]),
+        compared=lambda outputs: (outputs[0][:, some],),
+        inputs=[x, rounded] if kind == "learned" else [x],
     )
 
 
 def _embed(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
     batch, length, dim, vocabulary = shape
-    weight = randn(vocabulary, dim, dtype=dtype, seed=1).to(device)
+    weight = normal(vocabulary, dim, dtype=dtype, seed=1).to(device)
     tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(2)).to(device)
     table, scale = _table(kind, length, dim, dtype, device), math.sqrt(dim)
     rounded = table.to(dtype)
     encoding = rounded if kind == "learned" else kind
+    some = _positions(length, batch * dim)
     return Problem(
         partial(mmkern.embed_tokens, tokens, weight, encoding, scale=scale),
         [
@@ -134,55 +150,104 @@ def _embed(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -
                 "torch.add(table, embedding)", lambda: torch.add(rounded, F.embedding(tokens, weight), alpha=scale)
             ),
         ],
-        lambda: F.embedding(tokens, weight).double() * scale + table,
+        lambda: (
+            F.embedding(tokens[:, some], weight).double() * scale
+            + (rounded[some].double() if kind == "learned" else table[some])
+        ),
+        compared=lambda outputs: (outputs[0][:, some],),
+        inputs=[weight, rounded] if kind == "learned" else [weight],
     )
+
+
+def _gradients(call: Callable[..., Tensor], up: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    leaves = tuple(t.detach().requires_grad_() for t in given)
+    return torch.autograd.grad(call(*leaves), leaves, up)
 
 
 def _trained(op: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
     """Gradients of what one of the builders above computes, by autograd on both sides."""
-    new = partial(randn, dtype=dtype)
-    if op == "rotary":
-        batch, q_heads, k_heads, length, dim = shape
-        inputs = [new(batch, h, length, dim, layout="transposed", seed=h) for h in (q_heads, k_heads)]
-        table = _table("sinusoidal", length, dim, torch.float64, device)
-        sin, cos = (table[:, i::2].repeat(1, 2) for i in (0, 1))
-
-        def usual(q: Tensor, k: Tensor) -> Tensor:
-            c, s = cos.to(q.dtype), sin.to(q.dtype)
-            return torch.cat([x * c + torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1) * s for x in (q, k)], 1)
-
-        def ours(q: Tensor, k: Tensor) -> Tensor:
-            return torch.cat(mmkern.rotary(q, k), 1)
-    else:
-        batch, length, dim = shape[:3]
-        scale = math.sqrt(dim)
-        fixed = _table(kind, length, dim, dtype, device)
-        inputs = [fixed.to(dtype)] if kind == "learned" else []
-        if op == "embed_tokens":
-            tokens = torch.randint(shape[3], (batch, length), generator=torch.Generator().manual_seed(2)).to(device)
-            inputs = [new(shape[3], dim, seed=1), *inputs]
-        else:
-            inputs = [new(batch, length, dim, seed=1), *inputs]
-
-        def usual(x: Tensor, table: Tensor | None = None) -> Tensor:
-            x = F.embedding(tokens, x) if op == "embed_tokens" else x
-            return x * scale + (fixed.to(x.dtype) if table is None else table)
-
-        def ours(x: Tensor, table: Tensor | None = None) -> Tensor:
-            encoding = kind if table is None else table
-            if op == "embed_tokens":
-                return mmkern.embed_tokens(tokens, x, encoding, scale=scale)
-            return mmkern.add_positional_encoding(x, encoding, scale=scale)
-
-    grad = torch.randn(usual(*inputs).shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-    def gradients(call: Callable[..., Tensor], *leaves: Tensor, up: Tensor = grad) -> tuple[Tensor, ...]:
-        leaves = tuple(t.detach().requires_grad_() for t in leaves)
-        return torch.autograd.grad(call(*leaves), leaves, up)
-
+    build = {"rotary": _rotary_trained, "embed_tokens": _embed_trained}.get(op, _add_trained)
+    ours, usual, inputs, grad, exact, compared = build(shape, kind, dtype, device)
     return Problem(
-        partial(gradients, ours, *inputs),
-        [Baseline("the usual formula", partial(gradients, usual, *inputs))],
-        lambda: gradients(usual, *(t.double() for t in inputs), up=grad.double()),
+        partial(_gradients, ours, grad, *inputs),
+        [Baseline("the usual formula", partial(_gradients, usual, grad, *inputs))],
+        exact,
+        compared,
         kind="gradient",
+        inputs=[grad, *inputs],
     )
+
+
+# ours, the usual formula, what both take, the gradient of their output, and the problem's `exact` and `compared`
+Trained = tuple[
+    Callable[..., Tensor], Callable[..., Tensor], list[Tensor], Tensor, Call, Callable[[Outputs], Outputs]
+]  # fmt: skip
+
+
+def _rotary_trained(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Trained:
+    batch, q_heads, k_heads, length, dim = shape
+    heads = q_heads, k_heads
+    q, k = (normal(batch, h, length, dim, dtype=dtype, layout="transposed", seed=h).to(device) for h in heads)
+    grad = normal(batch, sum(heads), length, dim, dtype=dtype, seed=3).to(device)
+    table = _table("sinusoidal", length, dim, torch.float64, device)
+    sin, cos = (table[:, i::2].repeat(1, 2) for i in (0, 1))
+
+    rounded = cos.to(dtype), sin.to(dtype)
+
+    def usual(q: Tensor, k: Tensor, cos: Tensor = rounded[0], sin: Tensor = rounded[1]) -> Tensor:
+        return torch.cat([x * cos + torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1) * sin for x in (q, k)], 1)
+
+    some = _positions(length, batch * sum(heads) * dim)
+
+    def exact() -> tuple[Tensor, ...]:
+        q_some, k_some, up = (t[:, :, some].double() for t in (q, k, grad))
+        return _gradients(partial(usual, cos=cos[some], sin=sin[some]), up, q_some, k_some)
+
+    def ours(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat(mmkern.rotary(q, k), 1)
+
+    return ours, usual, [q, k], grad, exact, lambda outputs: tuple(t[:, :, some] for t in outputs)
+
+
+def _add_trained(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Trained:
+    batch, length, dim = shape
+    scale = math.sqrt(dim)
+    x, grad = (normal(*shape, dtype=dtype, seed=seed).to(device) for seed in (1, 3))
+    table = _table(kind, length, dim, dtype, device).to(dtype)
+
+    def usual(x: Tensor, table: Tensor) -> Tensor:
+        return x * scale + table
+
+    some = _positions(length, batch * dim)
+
+    def exact() -> tuple[Tensor, ...]:
+        return _gradients(usual, grad[:, some].double(), x[:, some].double(), table[some].double())
+
+    ours = partial(mmkern.add_positional_encoding, scale=scale)
+    return ours, usual, [x, table], grad, exact, lambda outputs: (outputs[0][:, some], outputs[1][some])
+
+
+def _embed_trained(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Trained:
+    batch, length, dim, vocabulary = shape
+    scale = math.sqrt(dim)
+    weight = normal(vocabulary, dim, dtype=dtype, seed=1).to(device)
+    tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(2)).to(device)
+    grad = normal(batch, length, dim, dtype=dtype, seed=3).to(device)
+    fixed = _table(kind, length, dim, dtype, device).to(dtype)
+    learned = [fixed] if kind == "learned" else []
+
+    def usual(weight: Tensor, table: Tensor = fixed) -> Tensor:
+        return F.embedding(tokens, weight) * scale + table
+
+    def ours(weight: Tensor, table: Tensor | None = None) -> Tensor:
+        return mmkern.embed_tokens(tokens, weight, kind if table is None else table, scale=scale)
+
+    # words that occur, and some that most probably do not: their gradient is 0
+    words = torch.cat([tokens.flatten()[sample(tokens.numel(), 128)], sample(vocabulary, 32).to(device)]).unique()
+
+    def exact() -> tuple[Tensor, ...]:
+        up = grad.reshape(-1, dim)
+        rows = [scale * up[tokens.flatten() == word].double().sum(0) for word in words]
+        return torch.stack(rows), *([grad.double().sum(0)] if learned else [])
+
+    return ours, usual, [weight, *learned], grad, exact, lambda outputs: (outputs[0][words], *outputs[1:])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import mmkern
-from mmkern.benchmarks.measure import DTYPES, Baseline, Case, Problem
-from mmkern.testing import randn
+from mmkern.benchmarks.inputs import Rows, normal
+from mmkern.benchmarks.records import DTYPES, Baseline, Case, Problem
 
 # name, shape, dim, level
 SHAPES: list[tuple[str, tuple[int, ...], Any, str]] = [
@@ -77,17 +77,32 @@ def _ops(op: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
 
 
 def _plain(op: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str) -> Problem:
-    x = randn(*shape, dtype=dtype, scale=3.0).to(device)
+    x = normal(*shape, dtype=dtype, scale=3.0).to(device)
     ours, theirs = _ops(op)
-    return Problem(partial(ours, x, dim), [Baseline(op, partial(theirs, x, dim))], lambda: theirs(x.double(), dim))
+    rows = Rows(shape, dim)
+    return Problem(
+        partial(ours, x, dim),
+        [Baseline(op, partial(theirs, x, dim))],
+        lambda: theirs(rows(x).double(), -1),
+        compared=lambda outputs: (rows(outputs[0]),),
+        inputs=[x],
+    )
 
 
 def _given_output(op: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str) -> Problem:
-    x = randn(*shape, dtype=dtype, scale=3.0).to(device)
+    x = normal(*shape, dtype=dtype, scale=3.0).to(device)
     ours, theirs = _ops(op)
     into = [torch.full_like(x, math.nan) for _ in range(2)]
     baseline = Baseline(f"{op}, out=", partial(theirs, x, dim, out=into[1]))
-    return Problem(partial(ours, x, dim, out=into[0]), [baseline], lambda: theirs(x.double(), dim))
+    rows = Rows(shape, dim)
+    return Problem(
+        partial(ours, x, dim, out=into[0]),
+        [baseline],
+        lambda: theirs(rows(x).double(), -1),
+        compared=lambda outputs: (rows(outputs[0]),),
+        inputs=[x],
+        reuses=True,
+    )
 
 
 def _gradients(out: Tensor, leaves: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
@@ -95,23 +110,26 @@ def _gradients(out: Tensor, leaves: tuple[Tensor, ...], grad: Tensor) -> tuple[T
 
 
 def _backward(op: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str) -> Problem:
-    x, grad = (randn(*shape, dtype=dtype, scale=3.0, seed=seed).to(device) for seed in (0, 1))
+    x, grad = (normal(*shape, dtype=dtype, scale=3.0, seed=seed).to(device) for seed in (0, 1))
     ours, theirs = _ops(op)
-    leaf, wide = x.requires_grad_(), x.detach().double().requires_grad_()
+    leaf, rows = x.requires_grad_(), Rows(shape, dim)
+    wide = rows(x.detach()).double().requires_grad_()
     return Problem(
         partial(_gradients, ours(leaf, dim), (leaf,), grad),
         [Baseline(f"{op} backward", partial(_gradients, theirs(leaf, dim), (leaf,), grad))],
-        lambda: _gradients(theirs(wide, dim), (wide,), grad.double()),
+        lambda: _gradients(theirs(wide, -1), (wide,), rows(grad).double()),
+        compared=lambda outputs: (rows(outputs[0]),),
         kind="gradient",
+        inputs=[grad],  # what the graph has kept of x must stay
     )
 
 
 def _masked_training(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
     """Forward and backward of what `_masked` computes, a bias with its gradient."""
-    x, grad = (randn(*shape, dtype=dtype, scale=3.0, seed=seed).to(device) for seed in (0, 3))
+    x, grad = (normal(*shape, dtype=dtype, scale=3.0, seed=seed).to(device) for seed in (0, 3))
     lengths = torch.linspace(shape[-1] / 3, shape[-1], shape[0]).long()
     mask = (torch.arange(shape[-1]) < lengths[:, None])[:, None, None, :].to(device) if kind == "padding" else None
-    learned = (randn(1, *shape[1:], dtype=dtype, seed=2).to(device),) if kind == "bias" else ()
+    learned = (normal(1, *shape[1:], dtype=dtype, seed=2).to(device),) if kind == "bias" else ()
 
     def eager(x: Tensor, *bias: Tensor) -> Tensor:
         scores = x * 0.125 + bias[0] if bias else x * 0.125
@@ -120,37 +138,52 @@ def _masked_training(shape: tuple[int, ...], kind: str, dtype: torch.dtype, devi
     def ours(x: Tensor, *bias: Tensor) -> Tensor:
         return mmkern.masked_softmax(x, mask, scale=0.125, bias=bias[0] if bias else None)
 
-    def step(call: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+    def step(call: Callable[..., Tensor], up: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         leaves = tuple(t.detach().requires_grad_() for t in given)
-        return torch.autograd.grad(call(*leaves), leaves, grad.to(given[0].dtype))
+        return torch.autograd.grad(call(*leaves), leaves, up)
+
+    rows = Rows(shape)  # a bias is of one batch entry: a row of it has the gradient of one row of x
+    hidden = None if mask is None else ~rows(mask)
+
+    def exact(x: Tensor, *bias: Tensor) -> Tensor:
+        scores = x * 0.125 + bias[0] if bias else x * 0.125
+        return (scores if hidden is None else scores.masked_fill(hidden, -math.inf)).softmax(-1)
 
     return Problem(
-        partial(step, ours, x, *learned),
-        [Baseline("scale + mask + softmax", partial(step, eager, x, *learned))],
-        lambda: step(eager, *(t.double() for t in (x, *learned))),
+        partial(step, ours, grad, x, *learned),
+        [Baseline("scale + mask + softmax", partial(step, eager, grad, x, *learned))],
+        lambda: step(exact, rows(grad).double(), *(rows(t).double() for t in (x, *learned))),
+        compared=lambda outputs: tuple(map(rows, outputs)),
         kind="gradient",
+        inputs=[x, grad, *learned],
     )
 
 
 def _masked(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) -> Problem:
-    x = randn(*shape, dtype=dtype, scale=3.0).to(device)
+    x = normal(*shape, dtype=dtype, scale=3.0).to(device)
     mask = bias = None
     if kind == "padding":
         lengths = torch.linspace(shape[-1] / 3, shape[-1], shape[0]).long()
         mask = (torch.arange(shape[-1]) < lengths[:, None])[:, None, None, :].to(device)
     elif kind == "mask":
-        mask = (randn(*shape, seed=1) > -1).to(device)
+        mask = (normal(*shape, seed=1) > -1).to(device)
     else:
-        bias = randn(*shape, dtype=dtype, seed=2).to(device)
+        bias = normal(*shape, dtype=dtype, seed=2).to(device)
     scale = 0.125
 
-    def eager(x: Tensor, bias: Tensor | None) -> Tensor:
+    rows = Rows(shape)
+
+    def eager(x: Tensor, bias: Tensor | None, mask: Tensor | None = mask) -> Tensor:
         scores = x * scale
         if bias is not None:
             scores = scores + bias
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         return scores.softmax(-1)
+
+    def exact() -> Tensor:
+        picked = None if bias is None else rows(bias).double()
+        return eager(rows(x).double(), picked, None if mask is None else rows(mask))
 
     def in_place() -> Tensor:
         scores = torch.add(bias, x, alpha=scale) if bias is not None else x * scale
@@ -161,5 +194,7 @@ def _masked(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str) 
     return Problem(
         partial(mmkern.masked_softmax, x, mask, scale=scale, bias=bias),
         [Baseline("scale + mask + softmax", partial(eager, x, bias)), Baseline("the same in place", in_place)],
-        lambda: eager(x.double(), bias if bias is None else bias.double()),
+        exact,
+        compared=lambda outputs: (rows(outputs[0]),),
+        inputs=[x] if bias is None else [x, bias],
     )

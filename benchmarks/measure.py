@@ -2,7 +2,8 @@
 
 Machines are noisy and their clocks drift, so no time is compared with one taken at another moment: every
 round times both sides one right after the other, the order swapped each round, and a speedup is the median
-of the rounds' ratios with a bootstrap interval.
+of the rounds' ratios with a bootstrap interval. Inputs change between rounds, and what the last timed call gave is
+checked like the first.
 """
 
 from __future__ import annotations
@@ -11,290 +12,328 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import mmkern
+from mmkern.benchmarks import guards
+from mmkern.benchmarks.guards import MIN_ROUNDS, Refused
+from mmkern.benchmarks.machine import Ceilings
 from mmkern.benchmarks.memory import peak_bytes
+from mmkern.benchmarks.records import SEED, Baseline, Call, Case, Outputs, Pair, Problem, Result
+from mmkern.benchmarks.statistics import interval, median
+from mmkern.benchmarks.timing import loops_for, seconds_per_call, stretch
 from mmkern.testing import Accuracy, accuracy
 
-SAMPLE_SECONDS = 2e-3  # shortest timed stretch: a clock read and loop entry of 0.2 us are then 0.01%
-MIN_ROUNDS, MAX_ROUNDS = 5, 201
+MAX_ROUNDS = 201
 HOPELESS = 3.0  # a baseline whose first call takes this many times the best so far is not timed again
-RESAMPLES = 2000
-CONFIDENCE = 0.95
-SEED = 1234  # of torch's generator when the check calls ours
-LEVELS = ("quick", "default", "full")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Call = Callable[[], Any]
+WRONG = 4.0  # a baseline is right up to this many times the limit that mmkern is held to
+TINY = 2e-4  # seconds of a call up to which threads may cost more than they bring
+COLD_ROUNDS, LARGEST_COLD = 3, 1 << 25  # above it nothing of a case's data stays in a cache anyway
+FLUSHED = 1 << 26  # bytes written between two cold calls: more than a core's share of the last cache
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """Another way to compute the same thing; `context` is entered around a whole timed stretch."""
+class Checked(NamedTuple):
+    """The first call: how accurate, what ran, what it gave."""
 
-    name: str
-    call: Call
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One case with its inputs made: callables without arguments that return a tensor or a tuple of tensors.
-
-    ours: the mmkern call under test.
-    baselines: the first one is also the yardstick of accuracy, unless there is a `yardstick`.
-    exact: torch's formula in float64 on the same rounded inputs. Not mmkern's own reference: a mistake in the
-        public function, which leads to the kernel and to that reference alike, would not show. What ours draws at
-        random is drawn again after torch.manual_seed(SEED).
-    compared: picks the part of an output that `exact` gives, where all of it would not fit in memory.
-    kind: "forward", or "gradient" where the outputs are gradients: which rule of mmkern.testing holds.
-        Peak memory is measured for gradients.
-    yardstick: torch's way to the same numbers in the same dtype, never timed, where the baselines draw random
-        numbers of their own and so compute something else.
-    """
-
-    ours: Call
-    baselines: Sequence[Baseline]
-    exact: Call
-    compared: Callable[[Tensor], Tensor] = lambda output: output
-    kind: str = "forward"
-    yardstick: Call | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured, with the work it cannot avoid.
-
-    family, op: "attention", "attention-causal"; `op` is the name used in options and tables.
-    shape, dims: "BERT-base 512" and "2x12x512x64".
-    build: makes the inputs for a dtype and a device.
-    flops: multiplications and additions that the result needs (causal: only the visible half).
-    bytes: compulsory traffic: each input read once, each output written once.
-    bound: the ceiling it is held against: "fma", "bf16_dot", "copy" or "read".
-    level: "quick", "default" or "full": the smallest kind of run that includes it; "gpu": any run on a GPU.
-    """
-
-    family: str
-    op: str
-    shape: str
-    dims: str
-    dtype: torch.dtype
-    build: Callable[[torch.dtype, str], Problem]
-    flops: float
-    bytes: float
-    bound: str
-    level: str = "default"
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def id(self) -> str:
-        return f"{self.op}-{self.shape}-{self.dtype_name}".replace(" ", "_")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Seconds per call of both sides, one entry per round, and how many times faster ours is."""
-
-    ours: list[float]
-    theirs: list[float]
-    speedup: float
-    low: float
-    high: float
+    accuracy: Accuracy
+    ran: list[mmkern.Choice]
+    outputs: Outputs
+    seconds: float
 
 
 @dataclass
-class Result:
-    """One case measured. `status` is "ok", "wrong" (accuracy check failed, no time) or "error"."""
+class Clock:
+    """How much time a case may still take."""
 
-    family: str
-    op: str
-    shape: str
-    dims: str
-    dtype: str
-    flops: float
-    bytes: float
-    bound: str
-    status: str = "ok"
-    error: str = ""
-    ran: list[str] = field(default_factory=list)  # the backend of each op call, as mmkern.explain tells it
-    max_error: float | None = None
-    torch_error: float | None = None
-    relative_l2: float | None = None
-    against: str = ""  # the fastest baseline, which `pair` is timed against
-    screened: dict[str, float | str] = field(default_factory=dict)  # baseline -> seconds, or why it has none
-    pair: Pair | None = None
-    ceiling: float | None = None  # GFLOP/s or GB/s of `bound`, measured in this run
-    peak_bytes: int | None = None  # most tensor memory that one call holds at once; for gradients only
-    torch_peak_bytes: int | None = None  # the same for `against`
+    allowance: float = math.inf
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = time.perf_counter()
 
     @property
-    def seconds(self) -> float | None:
-        return median(self.pair.ours) if self.pair else None
+    def spent(self) -> float:
+        return time.perf_counter() - self.started
 
     @property
-    def torch_seconds(self) -> float | None:
-        return median(self.pair.theirs) if self.pair else None
-
-    @property
-    def rate(self) -> float | None:
-        """GFLOP/s where arithmetic is the limit, else GB/s."""
-        work = self.flops if self.bound in ("fma", "bf16_dot") else self.bytes
-        return work / self.seconds / 1e9 if self.seconds else None
-
-    @property
-    def of_ceiling(self) -> float | None:
-        return self.rate / self.ceiling if self.rate and self.ceiling else None
+    def left(self) -> float:
+        return self.allowance - self.spent
 
 
-def median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-
-
-def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Bootstrap confidence interval of the median: the same answer for the same values."""
-    generator = torch.Generator().manual_seed(len(values))
-    x = torch.tensor(values, dtype=torch.float64)
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    medians = x[picks].quantile(0.5, dim=1)
-    tail = (1 - confidence) / 2
-    low, high = medians.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def compare(ours: Sequence[float], theirs: Sequence[float]) -> Pair:
+def compare(ours: Sequence[float], theirs: Sequence[float], busy: tuple[float, float] = (0.0, 0.0)) -> Pair:
     """The speedup that paired samples show: median of their ratios, with its interval."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    return Pair(list(ours), list(theirs), median(ratios), *interval(ratios))
+    return Pair(list(ours), list(theirs), median(ratios), *interval(ratios), busy)
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs))
+def as_outputs(given: Any) -> Outputs:
+    return given if isinstance(given, tuple) else (given,)
 
 
-def seconds_per_call(call: Call, loops: int = 1, device: str = "cpu") -> float:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(loops):
-        call()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / loops
+def time_pair(
+    ours: Call,
+    theirs: Baseline,
+    budget: float,
+    device: str = "cpu",
+    change: Callable[[bool], None] = lambda last: None,
+    once: bool = False,
+    rounds: int = MIN_ROUNDS,
+    keep: Callable[[Any], Any] = lambda output: None,
+) -> tuple[Pair, list[Any]]:
+    """Time both sides in alternating order for `budget` seconds and at least `rounds` rounds.
 
-
-def loops_for(call: Call, device: str = "cpu") -> int:
-    """How many calls fill a sample; the first call, which may allocate or compile, is not counted."""
-    call()
-    loops = 1
-    while (spent := seconds_per_call(call, loops, device) * loops) < SAMPLE_SECONDS and loops < 1 << 20:
-        loops = max(loops + 1, min(loops * 16, math.ceil(loops * 1.2 * SAMPLE_SECONDS / max(spent, 1e-9))))
-    return loops
-
-
-def time_pair(ours: Call, theirs: Baseline, budget: float, device: str = "cpu") -> Pair:
-    """Time both sides in alternating order for `budget` seconds and at least MIN_ROUNDS rounds."""
+    change: called before each round, with True before the last.
+    once: one call a sample, torch's generator seeded before it, so that what the call draws is known.
+    keep: what is kept of each side's last output, taken right after the clock stops. Also returned.
+    """
     with theirs.context():
-        loops = loops_for(ours, device), loops_for(theirs.call, device)
+        loops = (1, 1) if once or rounds < MIN_ROUNDS else (loops_for(ours, device), loops_for(theirs.call, device))
     samples: tuple[list[float], list[float]] = ([], [])
+    busy, kept, last = [0.0, 0.0], [None, None], False
     collecting = gc.isenabled()
     gc.disable()
     try:
         end = time.perf_counter() + budget
-        while len(samples[0]) < MIN_ROUNDS or (time.perf_counter() < end and len(samples[0]) < MAX_ROUNDS):
-            for side in (0, 1) if len(samples[0]) % 2 == 0 else (1, 0):
+        while not last:
+            done = len(samples[0]) + 1
+            last = done >= MAX_ROUNDS or (done >= rounds and time.perf_counter() >= end)
+            change(last)
+            for side in (0, 1) if done % 2 else (1, 0):
+                if once:
+                    torch.manual_seed(SEED)
                 with theirs.context() if side else nullcontext():
-                    samples[side].append(seconds_per_call(theirs.call if side else ours, loops[side], device))
+                    found = stretch(theirs.call if side else ours, loops[side], device)
+                if last:
+                    kept[side] = keep(found.output)
+                samples[side].append(found.seconds)
+                busy[side] += found.busy
+                del found
     finally:
         if collecting:
             gc.enable()
-    return compare(*samples)
+    took = [sum(side) * n for side, n in zip(samples, loops, strict=True)]
+    shares = [b / t if t > guards.SHORTEST_COUNTED else 0.0 for b, t in zip(busy, took, strict=True)]
+    return compare(*samples, (shares[0], shares[1])), kept
 
 
-def screen(baselines: Sequence[Baseline], device: str = "cpu") -> dict[str, float | str]:
-    """Seconds of each baseline by a few calls, or the reason why torch cannot run it here."""
+def judge(problem: Problem, outputs: Outputs, baseline: Outputs, exact: Outputs) -> Accuracy:
+    """The worst of the outputs by the rule of mmkern.testing; what is compared is picked already."""
+    found = [accuracy(a, e, b, problem.kind) for a, e, b in zip(outputs, exact, baseline, strict=True)]
+    return max(found, key=lambda one: (not one.ok, one.max_error / one.bound))
+
+
+def check(problem: Problem) -> Checked:
+    """Accuracy of ours, and what ran."""
+    kept: list[Any] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        start = time.perf_counter()
+        ran = mmkern.explain(lambda: kept.append(problem.ours()))
+        seconds = time.perf_counter() - start
+    outputs = as_outputs(kept[0])
+    if problem.yardstick:
+        baseline = as_outputs(problem.yardstick())
+    else:
+        with problem.baselines[0].context():
+            baseline = problem.compared(as_outputs(problem.baselines[0].call()))
+    exact = as_outputs(problem.exact())
+    return Checked(judge(problem, problem.compared(outputs), baseline, exact), ran, outputs, seconds)
+
+
+def right(problem: Problem, baseline: Outputs, exact: Outputs) -> str:
+    """Why a baseline's output (what is compared of it) is too far from float64 to be a rival; empty if it is not."""
+    for b, e in zip(baseline, exact, strict=True):
+        found = accuracy(b, e, None, problem.kind)
+        if found.relative_l2 > WRONG * found.limit:
+            return f"wrong: relative L2 {found.relative_l2:.1e} from float64"
+    return ""
+
+
+def screen(
+    problem: Problem, device: str = "cpu", clock: Clock | None = None, baselines: Sequence[Baseline] | None = None
+) -> dict[str, float | str]:
+    """Seconds of each baseline by a few calls, or the reason why it is no rival here."""
+    clock = clock or Clock()
     found: dict[str, float | str] = {}
-    best = math.inf
-    for baseline in baselines:
+    best, exact = math.inf, None
+    for baseline in baselines or problem.baselines:
+        if found and clock.left < 2 * min(best, 1.0):
+            found[baseline.name] = "not timed: out of time"
+            continue
         try:
             with warnings.catch_warnings(), baseline.context():
                 warnings.simplefilter("ignore")
-                baseline.call()
-                first = seconds_per_call(baseline.call, device=device)
-                if first < HOPELESS * best:
+                first, _, output = stretch(baseline.call, 1, device)
+                if baseline is not problem.baselines[0] and not problem.yardstick:  # that one is the yardstick
+                    exact = exact or as_outputs(problem.exact())
+                    if wrong := right(problem, problem.compared(as_outputs(output)), exact):
+                        found[baseline.name] = wrong
+                        continue
+                del output
+                if clock.left > 8 * first and first < HOPELESS * best:
                     loops = loops_for(baseline.call, device)
                     first = min(seconds_per_call(baseline.call, loops, device) for _ in range(3))
         except Exception as error:  # whatever another library raises, the case keeps its other baselines
-            found[baseline.name] = str(error).strip().splitlines()[0]
+            found[baseline.name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
             continue
         found[baseline.name] = first
         best = min(best, first)
     return found
 
 
-def check(problem: Problem) -> tuple[Accuracy, list[mmkern.Choice]]:
-    """Accuracy of ours (the worst of its outputs) by the rule of mmkern.testing, and what ran."""
-    kept: list[Any] = []
-    yardstick = Baseline("yardstick", problem.yardstick) if problem.yardstick else problem.baselines[0]
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        ran = mmkern.explain(lambda: kept.append(problem.ours()))
-    with yardstick.context():
-        outputs = [kept[0], yardstick.call()]
-    actual, baseline = ([problem.compared(t) for t in (o if isinstance(o, tuple) else (o,))] for o in outputs)
-    exact = problem.exact()
-    exact = exact if isinstance(exact, tuple) else (exact,)
-    found = [accuracy(a, e, b, problem.kind) for a, e, b in zip(actual, exact, baseline, strict=True)]
-    return max(found, key=lambda one: (not one.ok, one.max_error / one.bound)), ran
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def flush() -> None:
+    """Overwrites what the processor's caches hold."""
+    torch.empty(FLUSHED, dtype=torch.uint8).fill_(1)
+
+
+def cold(ours: Call, theirs: Baseline) -> tuple[float, float]:
+    """Seconds of one call of each side whose data have to come from memory."""
+    samples: tuple[list[float], list[float]] = ([], [])
+    for _ in range(COLD_ROUNDS):
+        for side, call in enumerate((ours, theirs.call)):
+            flush()
+            with theirs.context() if side else nullcontext():
+                samples[side].append(seconds_per_call(call))
+    return median(samples[0]), median(samples[1])
 
 
 def measure(
     case: Case,
     budget: float = 0.5,
     device: str = "cpu",
-    ceiling: Callable[[Case], float | None] = lambda case: None,
+    ceilings: Ceilings | None = None,
     timed: bool = True,
+    allowance: float = math.inf,
+    tell: Callable[[Result], None] = lambda result: None,
+    rivals: Callable[[Case, Problem], Sequence[Baseline]] = lambda case, problem: (),
 ) -> Result:
-    """Check one case, then time it unless it is wrong; an exception becomes the result's `error`."""
-    result = Result(case.family, case.op, case.shape, case.dims, case.dtype_name, case.flops, case.bytes, case.bound)
+    """Check one case, then time it unless it is wrong; an exception becomes the result's `error`.
+
+    budget: seconds of timing. allowance: seconds of everything; rounds are left out to keep it, never the check.
+    tell: called with what is known so far, for whoever has to stop a call that does not end.
+    rivals: further baselines.
+    """
+    result, clock = Result.of(case), Clock(allowance)
     try:
-        problem = case.build(case.dtype, device)
-        found, ran = check(problem)
-        result.ran = list(dict.fromkeys(str(choice).splitlines()[0] for choice in ran))
-        result.max_error, result.torch_error = found.max_error, found.baseline_error
-        result.relative_l2 = found.relative_l2
-        if not found.ok:
-            result.status, result.error = "wrong", str(found)
-            return result
-        if not timed:
-            return result
-        baselines = [*problem.baselines]
-        if device != "cpu" and problem.kind == "forward" and case.level == "quick":  # compiling takes seconds
-            compiled = torch.compile(problem.baselines[0].call, dynamic=False)
-            baselines.append(Baseline("torch.compile", compiled))
-        result.screened = screen(baselines, device)
-        timed_ones = {name: t for name, t in result.screened.items() if not isinstance(t, str)}
-        result.against = min(timed_ones, key=timed_ones.__getitem__)
-        against = next(b for b in baselines if b.name == result.against)
-        result.ceiling = ceiling(case)
-        if problem.kind == "gradient":
-            result.peak_bytes = peak_bytes(problem.ours, device)
-            with against.context():
-                result.torch_peak_bytes = peak_bytes(against.call, device)
-        result.pair = time_pair(problem.ours, against, budget, device)
+        with torch.random.fork_rng():
+            _measure(result, case, clock, budget, device, ceilings, timed, tell, rivals)
+    except Refused as error:
+        result.status, result.error = "refused", str(error)
     except Exception as error:  # one broken case must not cost the others their numbers
         result.status = "error"
         result.error = f"{type(error).__name__}: {error}".splitlines()[0]
+    if result.status != "ok":
+        result.pair = result.one_thread = result.cold = None
+    result.seconds_spent = clock.spent
     return result
+
+
+def _measure(
+    result: Result,
+    case: Case,
+    clock: Clock,
+    budget: float,
+    device: str,
+    ceilings: Ceilings | None,
+    timed: bool,
+    tell: Callable[[Result], None],
+    rivals: Callable[[Case, Problem], Sequence[Baseline]],
+) -> None:
+    problem = case.build(case.dtype, device)
+    guards.inputs_vary(problem.inputs)
+    untouched = guards.Untouched(problem.inputs)
+    checked = check(problem)
+    found = checked.accuracy
+    result.ran = list(dict.fromkeys(str(choice).splitlines()[0] for choice in checked.ran))
+    result.max_error, result.torch_error, result.relative_l2 = found.max_error, found.baseline_error, found.relative_l2
+    if not found.ok:
+        result.status, result.error = "wrong", str(found)
+        return
+    once, _, output = stretch(problem.ours, 1, device)
+    guards.fresh(checked.outputs, as_outputs(output), problem.inputs, problem.reuses)
+    untouched.check()
+    del checked, output
+    if not timed:
+        return
+    result.pair = compare([once], [once])  # until there is more, what a reader is told of ours
+    tell(result)
+    result.pair = None
+    baselines = [*problem.baselines, *rivals(case, problem)]
+    result.screened = screen(problem, device, clock, baselines)
+    usable = {name: t for name, t in result.screened.items() if not isinstance(t, str)}
+    if not usable:
+        raise RuntimeError(f"torch has no way that runs here: {'; '.join(map(str, result.screened.values()))}")
+    result.against = min(usable, key=usable.__getitem__)
+    against = next(b for b in baselines if b.name == result.against)
+    both = once + usable[result.against]
+    if clock.left < 2 * both:
+        result.pair = compare([once], [usable[result.against]])
+        result.notes = guards.doubts(result.pair)
+        return
+    if problem.kind == "gradient" and clock.left > 4 * both + 0.1:
+        result.peak_bytes = peak_bytes(problem.ours, device)
+        with against.context():
+            result.torch_peak_bytes = peak_bytes(against.call, device)
+    left = clock.left - 0.1
+    rounds = MIN_ROUNDS if left > (MIN_ROUNDS + 4) * both else max(1, min(MIN_ROUNDS - 1, int(left / both) - 1))
+    changes = guards.Changes(problem.inputs)
+    result.pair, kept = time_pair(
+        problem.ours,
+        against,
+        min(budget, max(0.0, left - 4 * both)),
+        device,
+        changes,
+        once=problem.yardstick is not None,
+        rounds=rounds,
+        keep=lambda output: tuple(t.clone() for t in problem.compared(as_outputs(output))),
+    )
+    _last_call(result, problem, found, kept)
+    if ceilings:
+        result.bound, result.ceiling = ceilings(case)
+        if result.of_ceiling and result.of_ceiling > 1:
+            result.ceiling = ceilings.again(case)
+            guards.too_fast(result, ceilings.limit(case))
+    if device == "cpu":
+        _other_conditions(result, case, problem, against, clock)
+    result.notes = guards.doubts(result.pair, result.one_thread, device)
+
+
+def _last_call(result: Result, problem: Problem, first: Accuracy, kept: Sequence[Outputs]) -> None:
+    """The last timed output of both sides against float64 of the inputs as they were then."""
+    exact = as_outputs(problem.exact())
+    baseline = as_outputs(problem.yardstick()) if problem.yardstick else kept[1]
+    found = judge(problem, kept[0], baseline, exact)
+    found = replace(found, bound=max(found.bound, 1.5 * first.bound))  # the fastest may be more accurate than the first
+    if not found.ok:
+        result.status, result.error = "wrong", f"in the last timed call: {found}"
+    elif not problem.yardstick and (wrong := right(problem, kept[1], exact)):
+        raise RuntimeError(f"{result.against} was wrong in its last timed call: {wrong}")
+
+
+def _other_conditions(result: Result, case: Case, problem: Problem, against: Baseline, clock: Clock) -> None:
+    """On one thread where threads may cost more than they bring, and with cold caches where memory is the limit."""
+    pair = result.pair
+    if pair is None or result.status != "ok":
+        return
+    sides = median(pair.ours), median(pair.theirs)
+    sliced = any(abs(s - round(s / guards.SLICE) * guards.SLICE) < 0.1 * guards.SLICE for s in sides if s > 3e-3)
+    if torch.get_num_threads() > 1 and (min(sides) < TINY or (sliced and clock.left > 1.0)):
+        with threads(1):
+            result.one_thread, _ = time_pair(problem.ours, against, 0.03, once=problem.yardstick is not None)
+    if result.bound in ("copy", "read") and case.bytes <= LARGEST_COLD and clock.left > 0.3 + 6 * sum(sides):
+        result.cold = cold(problem.ours, against)

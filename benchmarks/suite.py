@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmkern.benchmarks import bench_attention, bench_attention_training, bench_loss, bench_position, bench_softmax
-from mmkern.benchmarks.measure import DTYPES, LEVELS, Case
+from mmkern.benchmarks.records import DTYPES, LEVELS, Case
 
 FAMILIES = {
     "attention": (bench_attention, bench_attention_training),
@@ -33,11 +33,14 @@ def select(
                 raise ValueError(f"no such name: {name!r}; choose from {', '.join(dict.fromkeys(names))}")
     levels = (*LEVELS[: LEVELS.index(level) + 1], *(("gpu",) if device != "cpu" else ()))
     order = {op: i for i, op in enumerate(dict.fromkeys(case.op for case in every))}
-    chosen = [
-        case
-        for case in every
-        if (not ops or case.op in ops or case.family in ops)
-        and (not dtypes or case.dtype_name in dtypes)
-        and case.level in levels
-    ]
+    chosen = among([case for case in every if case.level in levels], ops, dtypes)
     return sorted(chosen, key=lambda case: (order[case.op], [*DTYPES.values()].index(case.dtype)))
+
+
+def among(cases: Sequence[Case], ops: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
+    """Those of the named ops or families and dtypes."""
+    return [
+        case
+        for case in cases
+        if (not ops or case.op in ops or case.family in ops) and (not dtypes or case.dtype_name in dtypes)
+    ]

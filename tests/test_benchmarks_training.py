@@ -10,8 +10,9 @@ import torch.nn.functional as F
 import mmkern
 from mmkern.benchmarks import bench_attention_training, measure, report, suite
 from mmkern.benchmarks.bench_attention_training import DROPOUT, _Gradients
-from mmkern.benchmarks.measure import Baseline, Case, Problem
 from mmkern.benchmarks.memory import peak_bytes
+from mmkern.benchmarks.records import Baseline, Case, Problem
+from mmkern.benchmarks.trace import Report, read, save
 from mmkern.testing import randn
 
 MIB = 1 << 20
@@ -117,7 +118,7 @@ def test_memory_of_kernels_and_of_saved_tensors_is_seen():
         assert peak_bytes(_Gradients(F.scaled_dot_product_attention, leaves, v.detach())) > 2 * scores
 
 
-def test_reports_show_peak_memory_where_gradients_are_computed():
+def test_reports_show_peak_memory_where_gradients_are_computed(tmp_path):
     x, grad = randn(64, 64), randn(64, 64, seed=1)
     ours, theirs = partial(mmkern.softmax, dim=1), partial(torch.softmax, dim=1)
     exact = _Gradients(theirs, [x.double()], grad.double())
@@ -137,6 +138,7 @@ def test_reports_show_peak_memory_where_gradients_are_computed():
     (table,) = report.family_tables(results[:1])
     assert report.MEMORY not in table.header
     assert {len(row) for row in table.fit(80).rows} == {len(table.fit(80).header)}
-    whole = report.Report("now", {}, {}, results)
-    assert report.Report.from_json(whole.to_json()) == whole
+    whole = Report("now", {}, {"processor": "one"}, results=results)
+    save(tmp_path / "report.jsonl", whole)
+    assert [(r.peak_bytes, r.torch_peak_bytes) for r in read(tmp_path).results] == [(None, None), (3 * MIB, 1536)]
     assert report.memory(5 * MIB * 1024) == "5.00 GiB"

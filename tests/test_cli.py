@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from typer.testing import CliRunner
 
 import mmkern
 from mmkern import cli
-from mmkern.benchmarks import machine, model, report, suite
+from mmkern.benchmarks import commands, machine, model, noise, report, suite, trace
+from mmkern.benchmarks.run import PLANS
 
 run = CliRunner().invoke
+BENCH = ["bench", "--quick", "--in-process"]  # in this process, where the tests' replacements hold
 
 
 @pytest.fixture
@@ -22,15 +25,17 @@ def small(monkeypatch):
     def select(ops, dtypes, level, device):
         return [case for case in every(ops or ["softmax"], dtypes, level, device) if case.flops < 1e6]
 
-    monkeypatch.setattr(cli.suite, "select", select)
-    monkeypatch.setattr(cli, "BUDGET", dict.fromkeys(cli.BUDGET, 0.01))
-    monkeypatch.setattr(machine, "CEILING_SECONDS", 0.01)
+    monkeypatch.setattr(suite, "select", select)
+    monkeypatch.setattr(commands, "PLANS", {level: replace(p, timing=0.01) for level, p in PLANS.items()})
+    monkeypatch.setattr(noise, "SECONDS", 0.01)
+    monkeypatch.setattr(machine.Ceilings.__init__, "__defaults__", (0.01, "cpu"))
 
 
 def test_bench_prints_tables_and_writes_both_reports(small, tmp_path):
-    result = run(cli.app, ["bench", "--quick", "--no-model", "--output", str(tmp_path / "out")])
+    result = run(cli.app, [*BENCH, "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    found = report.Report.from_json((tmp_path / "out" / "report.json").read_text())
+    found = trace.read(tmp_path / "out")
+    assert found.complete
     assert {r.op for r in found.results} == {"softmax", "log_softmax"}
     assert all(r.status == "ok" and len(r.pair.ours) >= 5 for r in found.results)
     assert found.options["level"] == "quick"
@@ -39,8 +44,9 @@ def test_bench_prints_tables_and_writes_both_reports(small, tmp_path):
     for text in (result.output, markdown):
         assert "geometric mean" in text
         assert "8x32" in text
-        assert report.speedup(found.results[0].pair) in text
+        assert report.duration(found.results[0].seconds) in text
     assert "report.md" in result.output
+    assert "5/5 log_softmax smallest bf16: " in result.stderr, "off a terminal each case is a line"
 
 
 def test_bench_and_verify_fail_when_a_case_is_wrong(small, tmp_path, monkeypatch):
@@ -50,10 +56,10 @@ def test_bench_and_verify_fail_when_a_case_is_wrong(small, tmp_path, monkeypatch
     assert result.exit_code == 1
     assert "wrong" in result.output
     assert "max error" in result.output
-    result = run(cli.app, ["bench", "--quick", "--no-model", "--dtype", "f32", "--output", str(tmp_path)])
+    result = run(cli.app, [*BENCH, "--dtype", "f32", "--output", str(tmp_path)])
     assert result.exit_code == 1
     assert "WRONG" in result.output
-    found = report.Report.from_json((tmp_path / "report.json").read_text())
+    found = trace.read(tmp_path)
     assert {r.op: r.status for r in found.results} == {"softmax": "wrong", "log_softmax": "ok"}
 
 
@@ -76,8 +82,8 @@ def test_explain_tells_what_runs_and_why_not():
     lines = [line.split() for line in result.output.splitlines()]
     assert ["rotary", "cpu", machine.facts()["isa"], "reference"] in lines
     assert "cpu the kernels take float32, bfloat16 and float16, not torch.float64" in " ".join(result.output.split())
-    assert "rotary float64, embed_tokens float64" in result.output
-    assert "rotary bfloat16" not in result.output
+    assert "float64: all ops" in result.output
+    assert len(result.output.splitlines()) < 25
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,15 @@ def test_explain_tells_what_runs_and_why_not():
         (["bench", "--quick", "--ops", "attention-lengths"], "try --full"),
         (["bench", "--output", __file__], "is a file"),
         (["bench", "--colour"], "No such option: --colour"),
+        (["bench", "--fail"], "--fail needs --compare"),
+        (["bench", "--compare", "no/such.jsonl"], "no/such.jsonl: No such file"),
+        (["bench", "--compare", __file__], "line 1 is not JSON"),
+        (["bench", "--rivals", "tensorflow"], "no such rival: 'tensorflow'; choose from"),
+        (["bench", "--resume", "--output", "no/such"], "--resume: no/such/report.jsonl: No such file"),
+        (["bench", "--shapes", "no/such.toml"], "no/such.toml: No such file"),
+        (["verify", "--shapes", __file__], "Expected '=' after a key"),
+        (["compare", "no/such"], "no/such: No such file"),
+        (["report", "no/such"], "no/such: No such file"),
         (["verify", "extra"], "extra"),
         (["explain", "nope"], "no such name: 'nope'"),
         (["explain", "softmax", "--dtype", "int8"], "no such dtype: 'int8'"),
@@ -119,7 +134,9 @@ def test_a_missing_extra_is_one_sentence(absent):
 
 def test_a_missing_model_is_told_and_not_fatal(small, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "PACKAGE", "no_such_package")
-    result = run(cli.app, ["bench", "--quick", "--output", str(tmp_path)])
+    everything = commands._select
+    monkeypatch.setattr(commands, "_select", lambda *given: (everything(*given)[0][:1], "default"))
+    result = run(cli.app, ["bench", "--in-process", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "no-such-package" in result.output
     assert "no-such-package" in (tmp_path / "report.md").read_text()
