@@ -31,6 +31,8 @@ Device = Annotated[str, typer.Option(help="Where to run: cpu or cuda.")]
 Full = Annotated[bool, typer.Option("--full", help="All cases, the longest sequences too, timed longer.")]
 Shapes = Annotated[Path | None, typer.Option(help="TOML file with shapes of your own, instead of the named ones.")]
 
+Shape = Annotated[str, typer.Option(help="Only shapes whose name has this in it.")]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
@@ -43,7 +45,13 @@ def _names(text: str) -> list[str]:
 
 
 def _select(
-    ops: str, dtypes: str, quick: bool, full: bool, device: str = "cpu", shapes: Path | None = None
+    ops: str,
+    dtypes: str,
+    quick: bool,
+    full: bool,
+    device: str = "cpu",
+    shapes: Path | None = None,
+    shape: str = "",
 ) -> tuple[list[Case], str]:
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         raise typer.BadParameter(f"--device: expected cpu or cuda, got {device!r}")
@@ -61,8 +69,11 @@ def _select(
         _fits(cases, device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    cases = [case for case in cases if shape.lower() in case.shape.lower()]
     if not cases:
-        raise typer.BadParameter(f"no {level} case has --ops {ops} and --dtype {dtypes}; try --full")
+        given = {"--ops": ops, "--dtype": dtypes, "--shape": shape}
+        wanted = " and ".join(f"{name} {value!r}" for name, value in given.items() if value)
+        raise typer.BadParameter(f"no {level} case has {wanted}; try --full")
     return cases, level
 
 
@@ -84,6 +95,7 @@ def bench(
     full: Full = False,
     device: Device = "cpu",
     shapes: Shapes = None,
+    shape: Shape = "",
     output: Annotated[Path, typer.Option(help="Folder for report.jsonl, report.md and report.html.")] = FOLDER,
     no_model: Annotated[bool, typer.Option("--no-model", help="Leave out the pretrained MiniLM.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the folder's partial run.")] = False,
@@ -94,7 +106,7 @@ def bench(
     in_process: Annotated[bool, typer.Option("--in-process", help="For profilers: measure in this process.")] = False,
 ) -> None:
     """Check and time every op against torch's best on this machine; print tables and write a page."""
-    cases, level = _select(ops, dtype, quick, full, device, shapes)
+    cases, level = _select(ops, dtype, quick, full, device, shapes, shape)
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"--output {output} is a file, not a folder")
     if fail and not against:
@@ -104,9 +116,9 @@ def bench(
         earlier = trace.read(against) if against else None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    with_model = not (no_model or ops or dtype or shapes or quick) and device == "cpu"
+    with_model = not (no_model or ops or dtype or shapes or shape or quick) and device == "cpu"
     options = {"ops": ops, "dtype": dtype, "level": level, "device": device, "model": with_model}
-    options |= {"shapes": str(shapes) if shapes else "", "rivals": list(more), "processes": processes}
+    options |= {"shapes": str(shapes) if shapes else "", "shape": shape, "rivals": list(more), "processes": processes}
     writer, cases = _writer(output / trace.NAME, options, cases, device, resume)
     out, plan = console.console(), PLANS[level]
     if level == "full":
@@ -128,7 +140,7 @@ def bench(
     out.print(f"{found.seconds:.0f} s; written: {', '.join(map(str, (output / trace.NAME, *paths)))}")
     if run.interrupted:
         raise typer.Exit(130)
-    if report.failures(found.results, only_wrong=True).rows or (earlier and fail and any(c.slower for c in changed)):
+    if report.failures(found.results).rows or (earlier and fail and any(c.slower for c in changed)):
         raise typer.Exit(1)
 
 
@@ -200,9 +212,10 @@ def verify(
     full: Full = False,
     device: Device = "cpu",
     shapes: Shapes = None,
+    shape: Shape = "",
 ) -> None:
     """Hold every case against float64, without timing; exit status 1 if one is wrong."""
-    cases, _ = _select(ops, dtype, quick, full, device, shapes)
+    cases, _ = _select(ops, dtype, quick, full, device, shapes, shape)
     out, results, here = console.console(), list[Result](), Here(device)
     with console.progress(len(cases)) as (step, say):
         for case in cases:

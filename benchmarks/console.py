@@ -82,7 +82,12 @@ def show_report(out: Console, found: Report) -> None:
         show(out, report.model_table(found.model))
     elif found.model_missing:
         out.print(f"Real model not run: {found.model_missing}\n")
-    for table in (report.summary(found.results), report.lost(found.results), report.failures(found.results)):
+    for table in (
+        report.summary(found.results),
+        report.lost(found.results),
+        report.not_timed(found.results),
+        report.failures(found.results),
+    ):
         if table.rows:
             show(out, table)
     for text in report.machine_lines(found):

@@ -45,6 +45,11 @@ class Report:
         done = {r.id for r in self.results}
         return [case for case in self.planned if case not in done]
 
+    def sort(self) -> None:
+        """Puts the results, which are measured the most telling ones first, into the order of the plan."""
+        place = {case: i for i, case in enumerate(self.planned)}
+        self.results.sort(key=lambda r: place.get(r.id, len(place)))
+
     @property
     def noise_floor(self) -> float:
         return max((n["floor"] for n in self.noise), default=0.0)
@@ -161,6 +166,7 @@ def _assembled(lines: Sequence[dict[str, Any]]) -> Report:
                 report.ceilings, report.ceilings_moved = values["ceilings"], values["ceilings_moved"]
     if not report.machine:
         raise ValueError("no environment")
+    report.sort()
     return report
 
 

@@ -59,7 +59,7 @@ def test_all_cases_together_keep_the_budget_however_long_each_takes():
 
 
 def test_a_case_that_does_not_end_is_stopped_and_the_others_are_measured(tmp_path):
-    one, answers, said = a_run(tmp_path, [None, Late("had not ended after 2.0 s"), None], CASES)
+    one, _answers, said = a_run(tmp_path, [None, Late("had not ended after 2.0 s"), None], CASES)
     found = one.cases(CASES)
     assert [r.status for r in found.results] == ["ok", "over budget", "ok"]
     assert found.results[1].max_error == 1e-7, "what was known before it was stopped"
@@ -89,7 +89,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_says_so(tmp_path):
 
 
 def test_processes_add_their_rounds(tmp_path):
-    one, answers, _ = a_run(tmp_path, [], CASES)
+    one, _answers, _ = a_run(tmp_path, [], CASES)
     here = Here()
     one.worker = here
     result = one.one(CASES[0], left=5.0, cases=1, processes=3)
