@@ -10,10 +10,11 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 
 import mmkern
 from mmkern.benchmarks import console, machine, model, report, suite, trace
-from mmkern.benchmarks.comparing import changes_table, compare_reports
+from mmkern.benchmarks.comparing import Change, changes_table, compare_reports
 from mmkern.benchmarks.explaining import explain_tables
 from mmkern.benchmarks.page import write_pages
 from mmkern.benchmarks.records import DTYPES, Case, Result
@@ -134,7 +135,7 @@ def bench(
     console.show_report(out, found)
     if earlier:
         changed = _changes(earlier, found)
-        console.show(out, changes_table(changed))
+        _show_changes(out, changed)
     if run.interrupted:
         out.print(f"interrupted after {len(found.results)} of {len(found.planned)} cases: `--resume` goes on")
     out.print(f"{found.seconds:.0f} s; written: {', '.join(map(str, (output / trace.NAME, *paths)))}")
@@ -169,7 +170,13 @@ def _writer(
     return Writer(path, Report(started, options, facts, ids)), cases
 
 
-def _changes(earlier: Report, found: Report) -> list:
+def _show_changes(out: Console, changed: Sequence[Change]) -> None:
+    console.show(out, changes_table(changed))
+    slower, faster = sum(c.slower for c in changed), sum(c.faster for c in changed)
+    out.print(f"{len(changed)} cases compared: {slower} slower, {faster} faster")
+
+
+def _changes(earlier: Report, found: Report) -> list[Change]:
     try:
         return compare_reports(earlier, found)
     except ValueError as error:
@@ -197,11 +204,9 @@ def compare(
         reports = trace.read(old), trace.read(new)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    changed, out = _changes(*reports), console.console()
-    console.show(out, changes_table(changed))
-    slower = [c for c in changed if c.slower]
-    out.print(f"{len(changed)} cases compared: {len(slower)} slower, {sum(c.faster for c in changed)} faster")
-    if fail and slower:
+    changed = _changes(*reports)
+    _show_changes(console.console(), changed)
+    if fail and any(c.slower for c in changed):
         raise typer.Exit(1)
 
 

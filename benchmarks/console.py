@@ -61,7 +61,9 @@ def line(r: Result) -> str:
 
 
 def show(out: Console, table: report.Table) -> None:
-    """One table, as wide as the screen allows; a gap between the rows of different ops."""
+    """One table, as wide as the screen allows; a gap between the rows of different ops. Nothing without rows."""
+    if not table.rows:
+        return
     table = table.fit(out.width)
     shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in table.header:
