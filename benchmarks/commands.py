@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,7 +19,7 @@ from mmkern.benchmarks.comparing import Change, changes_table, compare_reports
 from mmkern.benchmarks.explaining import explain_tables
 from mmkern.benchmarks.page import write_pages
 from mmkern.benchmarks.records import DTYPES, Case, Result
-from mmkern.benchmarks.rivals import chosen
+from mmkern.benchmarks.rivals import chosen, states
 from mmkern.benchmarks.run import PLANS, Run, estimate
 from mmkern.benchmarks.shapes import read_shapes
 from mmkern.benchmarks.trace import Report, Writer
@@ -115,6 +116,8 @@ def bench(
     try:
         more = chosen(_names(rivals), device)
         earlier = trace.read(against) if against else None
+        if earlier and (other := trace.different_machine(earlier, Report("", {}, machine.facts(device)))):
+            raise ValueError(f"--compare: reports of different machines cannot be compared: {other}")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     with_model = not (no_model or ops or dtype or shapes or shape or quick) and device == "cpu"
@@ -122,6 +125,8 @@ def bench(
     options |= {"shapes": str(shapes) if shapes else "", "shape": shape, "rivals": list(more), "processes": processes}
     writer, cases = _writer(output / trace.NAME, options, cases, device, resume)
     out, plan = console.console(), PLANS[level]
+    if more:  # they compile for seconds a case
+        plan = replace(plan, case=max(plan.case, 60.0), total=3600.0)
     if level == "full":
         reach = machine.Ceilings(seconds=0.05, device=device).of("fma") or 10.0
         seconds = estimate(cases, plan, reach)
@@ -146,10 +151,10 @@ def bench(
 
 
 def _writer(
-    path: Path, options: dict[str, object], cases: list[Case], device: str, resume: bool
+    path: Path, options: dict[str, Any], cases: list[Case], device: str, resume: bool
 ) -> tuple[Writer, list[Case]]:
     """Where results go, and the cases that are still to be measured. An earlier run is kept in the folder's history."""
-    facts = machine.facts(device)
+    facts = machine.facts(device) | {"rivals": states(options["rivals"])}
     ids = [case.id for case in cases]
     if resume:
         try:

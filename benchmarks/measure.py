@@ -168,6 +168,7 @@ def screen(
         try:
             with warnings.catch_warnings(), baseline.context():
                 warnings.simplefilter("ignore")
+                baseline.prepare()
                 first, _, output = stretch(baseline.call, 1, device)
                 if baseline is not problem.baselines[0] and not problem.yardstick:  # that one is the yardstick
                     exact = exact or as_outputs(problem.exact())

@@ -23,11 +23,15 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another way to compute the same thing; `context` is entered around a whole timed stretch."""
+    """Another way to compute the same thing.
+
+    context: entered around a whole timed stretch. prepare: called once before the first timed call: compiles.
+    """
 
     name: str
     call: Call
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    prepare: Call = lambda: None
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,11 @@ class Bench:
     def case(self, tell: Tell, case: Case, budget: float, allowance: float) -> Result:
         from mmkern.benchmarks.rivals import baselines
 
+        # Compiling takes seconds: on a GPU, where it is the usual way, some cases are compiled without being asked.
+        names = self.rivals or (["torch.compile"] if self.device != "cpu" and case.level == "quick" else [])
+
         def more(case: Case, problem: Any) -> Any:
-            return baselines(self.rivals, case, problem, self.device)
+            return baselines(names, case, problem, self.device)
 
         return measure(case, budget, self.device, self.ceilings, allowance=allowance, tell=tell, rivals=more)
 
