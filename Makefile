@@ -1,9 +1,10 @@
 # From a fresh clone, each of these sets up what it needs first:
 #   make test                      every test
-#   make bench                     speed against torch; OPS=softmax for some ops only
+#   make bench                     speed against torch, a page of it; OPS=softmax for some ops only
+#   make headline                  README's table from the last `make bench`; REPORT=folder for another
 #   make build                     compile what changed
 #   make gpu                       on a CUDA GPU: every Triton test, then speed; STAGE=test or bench for one of the two;
-#                                  OUT=folder for tests.xml, report.json and report.md
+#                                  OUT=folder for tests.xml and the report
 #   make lint                      ruff, mypy, clang-format; `make format` repairs what it can
 #   make clean                     remove .venv and what was built
 # PYTHON=python3.12 makes .venv with another interpreter; VENV= PYTHON=... uses that interpreter as it is.
@@ -12,13 +13,14 @@ VENV   ?= .venv
 OPS    ?=
 STAGE  ?= test bench
 OUT    ?= build/gpu
+REPORT ?= mmkern-report
 
 PY    := $(if $(VENV),$(VENV)/bin/$(notdir $(PYTHON)),$(PYTHON))
 BIN   := $(if $(VENV),$(VENV)/bin/)
 STAMP := $(or $(VENV),build)/installed
 CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 
-.PHONY: help test bench gpu build lint format clean
+.PHONY: help test bench headline gpu build lint format clean
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
@@ -27,6 +29,9 @@ test: build
 
 bench: build
 	$(PY) -m mmkern.cli bench $(if $(OPS),--ops $(OPS))
+
+headline: build
+	$(PY) -m mmkern.benchmarks.headline $(REPORT) README.md docs/reports
 
 # Without a virtual environment, the interpreter's own packages are used and nothing is fetched. The tests compile some
 # hundred kernels: on as many processes as pytest-xdist, if it is there, may start.
