@@ -1,6 +1,7 @@
 # From a fresh clone, each of these sets up what it needs first:
 #   make test                      every test
 #   make bench                     speed against torch, a page of it; OPS=softmax for some ops only
+#   make instructions              did a call of some op come to take more instructions? needs valgrind
 #   make headline                  README's table from the last `make bench`; REPORT=folder for another
 #   make build                     compile what changed
 #   make gpu                       on a CUDA GPU: every Triton test, then speed; STAGE=test or bench for one of the two;
@@ -20,7 +21,7 @@ BIN   := $(if $(VENV),$(VENV)/bin/)
 STAMP := $(or $(VENV),build)/installed
 CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 
-.PHONY: help test bench headline gpu build lint format clean
+.PHONY: help test bench headline instructions gpu build lint format clean
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
@@ -29,6 +30,9 @@ test: build
 
 bench: build
 	$(PY) -m mmkern.cli bench $(if $(OPS),--ops $(OPS))
+
+instructions: build
+	$(PY) -m mmkern.benchmarks.instructions
 
 headline: build
 	$(PY) -m mmkern.benchmarks.headline $(REPORT) README.md docs/reports

@@ -85,7 +85,16 @@ GPU = [
           {"window": 1024}),
     Shape("attention-bias", "4096 tokens", 4, (16, 16), 4096, 4096, 128, "gpu", ("bfloat16",)),
 ]  # fmt: skip
-SHAPES += GPU
+# One size after another, the rest as it was: length at the same number of tokens, width at the same number of channels,
+# and heads below, at and above the number of threads.
+SWEEPS = [
+    *(Shape("attention", f"8192 tokens by {n}", 8192 // n, (8, 8), n, n, 64, "full", TWO)
+      for n in (128, 256, 512, 1024, 2048, 4096, 8192)),
+    *(Shape("attention", f"512 channels by {n}", 4, (512 // n, 512 // n), 512, 512, n, "full", TWO)
+      for n in (16, 32, 64, 128, 256)),
+    *(Shape("attention", f"{n} heads", 1, (n, n), 1024, 1024, 64, "full", TWO) for n in (1, 2, 3, 6, 12)),
+]  # fmt: skip
+SHAPES += GPU + SWEEPS
 TEMPERATURE = 10.0
 
 

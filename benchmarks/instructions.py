@@ -90,7 +90,8 @@ def count() -> dict[str, int]:
     """
     with tempfile.TemporaryDirectory() as folder:
         valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"]
-        command = [*valgrind, sys.executable, "-c", f"import {__name__} as m; m.under_callgrind()"]
+        script = "from mmkern.benchmarks.instructions import under_callgrind; under_callgrind()"
+        command = [*valgrind, sys.executable, "-c", script]
         try:
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"})
         except (OSError, subprocess.CalledProcessError) as error:

@@ -52,6 +52,7 @@ def to_html(found: Report, earlier: Sequence[Report] = ()) -> str:
         bad=report.failures(found.results),
         late=report.not_timed(found.results),
         summary=report.summary(found.results),
+        overhead=report.overhead(found.results),
         model=report.model_table(found.model) if found.model else None,
         model_missing=found.model_missing,
         plots=_plots(found.results),

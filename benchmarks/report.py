@@ -239,6 +239,18 @@ def lost(results: Sequence[Result]) -> Table:
     return Table("slower than torch", header, rows, ("op", "shape", "dtype", "torch's way", "why"), ("torch's way",))
 
 
+def overhead(results: Sequence[Result]) -> Table:
+    """What a call costs that has next to nothing to compute."""
+    header = ("op", "dtype", "mmkern", "torch", "speedup", "on one thread")
+    rows = []
+    for r in results:
+        if r.shape == OVERHEAD and r.pair:
+            times = duration(median(r.pair.ours)), duration(median(r.pair.theirs))
+            alone = speedup(r.one_thread) if r.one_thread else ""
+            rows.append((r.op, SHORT.get(r.dtype, r.dtype), *times, speedup(r.pair), alone))
+    return Table("call overhead", header, rows, ("op", "dtype"))
+
+
 def failures(results: Sequence[Result]) -> Table:
     """Cases that are not right, or broke, or whose time is not believed."""
     bad = [r for r in results if r.status not in ("ok", "over budget")]
@@ -363,6 +375,8 @@ def to_markdown(report: Report) -> str:
         lines += _markdown(late)
     if not slow.rows and any(r.pair for r in report.results):
         lines += ["No case is slower than torch.", ""]
+    if (small := overhead(report.results)).rows:
+        lines += _markdown(small)
     if report.model:
         lines += _markdown(model_table(report.model))
     elif report.model_missing:
