@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import mmkern
-from mmkern.benchmarks import console, machine, model, report, suite, trace
+from mmkern.benchmarks import console, machine, model, suite, tables, trace
 from mmkern.benchmarks.comparing import Change, changes_table, compare_reports
 from mmkern.benchmarks.explaining import explain_tables
 from mmkern.benchmarks.page import write_pages
@@ -62,7 +62,7 @@ def _select(
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
     level = "quick" if quick else "full" if full else "default"
-    short = {s: name for name, s in report.SHORT.items()}
+    short = {s: name for name, s in tables.SHORT.items()}
     wanted = [short.get(d, d) for d in _names(dtypes)]
     try:
         cases = read_shapes(shapes) if shapes else suite.select(_names(ops), wanted, level, device)
@@ -85,8 +85,8 @@ def _fits(cases: Sequence[Case], device: str) -> None:
     for case in cases if free and device == "cpu" else ():
         if 3 * case.bytes > free:
             raise ValueError(
-                f"{case.op} {case.shape} {case.dtype_name} needs {report.memory(3 * int(case.bytes))}; "
-                f"{report.memory(free)} of memory are free"
+                f"{case.op} {case.shape} {case.dtype_name} needs {tables.memory(3 * int(case.bytes))}; "
+                f"{tables.memory(free)} of memory are free"
             )
 
 
@@ -146,7 +146,7 @@ def bench(
     out.print(f"{found.seconds:.0f} s; written: {', '.join(map(str, (output / trace.NAME, *paths)))}")
     if run.interrupted:
         raise typer.Exit(130)
-    if report.failures(found.results).rows or (earlier and fail and any(c.slower for c in changed)):
+    if tables.failures(found.results).rows or (earlier and fail and any(c.slower for c in changed)):
         raise typer.Exit(1)
 
 
@@ -232,8 +232,8 @@ def verify(
             step(f"{case.op} {case.shape} {case.dtype_name}")
             results.append(here.ask("check", case, seconds=0.0))
             say(results[-1])
-    bad = report.failures(results)
-    console.show(out, report.verify_table(results, by_shape=shapes is not None))
+    bad = tables.failures(results)
+    console.show(out, tables.verify_table(results, by_shape=shapes is not None))
     if bad.rows:
         console.show(out, bad)
         raise typer.Exit(1)
@@ -255,7 +255,7 @@ def info() -> None:
     facts["isa"] = facts["isa"] or "none: mmkern._C is not built, the reference formulas run"
     rows = [(name, str(value)) for name, value in facts.items() if value]
     rows += [(name, f"{value:.0f} {unit}") for name, (value, unit) in peaks.items() if value]
-    console.show(out, report.Table(f"mmkern {mmkern.__version__}", ("", "value"), rows, ("", "value")))
+    console.show(out, tables.Table(f"mmkern {mmkern.__version__}", ("", "value"), rows, ("", "value")))
 
 
 def explain(
@@ -264,7 +264,7 @@ def explain(
     shapes: Shapes = None,
 ) -> None:
     """Which backend runs each op for each dtype on this machine, and why no other does."""
-    wanted = [{**{s: n for n, s in report.SHORT.items()}, "f64": "float64"}.get(d, d) for d in _names(dtype)]
+    wanted = [{**{s: n for n, s in tables.SHORT.items()}, "f64": "float64"}.get(d, d) for d in _names(dtype)]
     every = {**DTYPES, "float64": torch.float64}
     if unknown := [d for d in wanted if d not in every]:
         raise typer.BadParameter(f"no such dtype: {unknown[0]!r}; choose from {', '.join(every)}")

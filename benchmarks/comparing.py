@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmkern.benchmarks.records import Pair, Result
-from mmkern.benchmarks.report import SHORT, Table, duration
 from mmkern.benchmarks.statistics import median
+from mmkern.benchmarks.tables import SHORT, Table, duration
 from mmkern.benchmarks.trace import Report, different_machine
 
 RATE = 0.01  # of the cases flagged, so many may be flagged by chance

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from mmkern.benchmarks import report
+from mmkern.benchmarks import report, tables
 from mmkern.benchmarks.records import Result
 from mmkern.benchmarks.trace import Report
 
@@ -51,16 +51,16 @@ def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Resu
 
 def line(r: Result) -> str:
     """One result in one line."""
-    head = f"{r.op} {r.shape} {report.SHORT.get(r.dtype, r.dtype)}"
+    head = f"{r.op} {r.shape} {tables.SHORT.get(r.dtype, r.dtype)}"
     if r.status != "ok":
         return f"{head}: {r.status}: {r.error}"
     if r.pair is None or r.seconds is None or r.torch_seconds is None:
         return f"{head}: right"
-    times = f"{report.duration(r.seconds)}, torch {report.duration(r.torch_seconds)}, {report.speedup(r.pair)}"
+    times = f"{tables.duration(r.seconds)}, torch {tables.duration(r.torch_seconds)}, {tables.speedup(r.pair)}"
     return f"{head}: {times}{'; ' if r.notes else ''}{'; '.join(r.notes)}"
 
 
-def show(out: Console, table: report.Table) -> None:
+def show(out: Console, table: tables.Table) -> None:
     """One table, as wide as the screen allows; a gap between the rows of different ops. Nothing without rows."""
     if not table.rows:
         return
@@ -78,17 +78,17 @@ def show(out: Console, table: report.Table) -> None:
 
 def show_report(out: Console, found: Report) -> None:
     """Details first, what matters last, next to the prompt."""
-    for table in report.family_tables(found.results):
+    for table in tables.family_tables(found.results):
         show(out, table)
     if found.model:
-        show(out, report.model_table(found.model))
+        show(out, tables.model_table(found.model))
     elif found.model_missing:
         out.print(f"Real model not run: {found.model_missing}\n")
     for table in (
-        report.summary(found.results),
-        report.lost(found.results),
-        report.not_timed(found.results),
-        report.failures(found.results),
+        tables.summary(found.results),
+        tables.lost(found.results),
+        tables.not_timed(found.results),
+        tables.failures(found.results),
     ):
         if table.rows:
             show(out, table)

@@ -8,7 +8,7 @@ import torch
 
 import mmkern
 from mmkern.benchmarks.records import Case
-from mmkern.benchmarks.report import Table
+from mmkern.benchmarks.tables import Table
 
 
 def explain_tables(cases: Sequence[Case], dtypes: dict[str, torch.dtype]) -> tuple[Table, Table]:

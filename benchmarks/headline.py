@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mmkern.benchmarks import report, trace
+from mmkern.benchmarks import report, tables, trace
 from mmkern.benchmarks.records import Pair, Result
 from mmkern.benchmarks.statistics import geometric_mean
 from mmkern.benchmarks.trace import Report
@@ -35,8 +35,8 @@ def headline(found: Report, link: str) -> str:
         raise ValueError(f"the report gives no verdict: {verdict.unstable}")
     if verdict.right < verdict.checked:
         raise ValueError("the report has cases that are not right")
-    judged = [r for r in found.results if r.judged and r.shape != report.OVERHEAD and r.pair]
-    dtypes = [(name, short) for name, short in report.SHORT.items() if any(r.dtype == name for r in judged)]
+    judged = [r for r in found.results if r.judged and r.shape != tables.OVERHEAD and r.pair]
+    dtypes = [(name, short) for name, short in tables.SHORT.items() if any(r.dtype == name for r in judged)]
     lines = [
         f"{found.machine['processor']}, {found.machine['threads']} threads, torch {found.machine['torch']}: "
         f"**{report.sentence(verdict)}**",
@@ -65,7 +65,7 @@ def _mean(results: Sequence[Result]) -> str:
 
 
 def _named(r: Result) -> str:
-    return f"{_ratio(r):.2f}x {r.shape}, {report.SHORT.get(r.dtype, r.dtype)}"
+    return f"{_ratio(r):.2f}x {r.shape}, {tables.SHORT.get(r.dtype, r.dtype)}"
 
 
 def inserted(text: str, table: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mmkern.benchmarks import plots, report, trace
+from mmkern.benchmarks import plots, report, tables, trace
 from mmkern.benchmarks.records import ARITHMETIC, Result
 from mmkern.benchmarks.trace import Report
 
@@ -46,14 +46,14 @@ def to_html(found: Report, earlier: Sequence[Report] = ()) -> str:
         notices=_notices(found, verdict),
         counts=_counts(found, verdict),
         heat=heat,
-        dtypes=[short for name, short in report.SHORT.items() if any(r.dtype == name for r in found.results)],
+        dtypes=[short for name, short in tables.SHORT.items() if any(r.dtype == name for r in found.results)],
         families=list(dict.fromkeys(r.family for r in found.results)),
-        lost=report.lost(found.results),
-        bad=report.failures(found.results),
-        late=report.not_timed(found.results),
-        summary=report.summary(found.results),
-        overhead=report.overhead(found.results),
-        model=report.model_table(found.model) if found.model else None,
+        lost=tables.lost(found.results),
+        bad=tables.failures(found.results),
+        late=tables.not_timed(found.results),
+        summary=tables.summary(found.results),
+        overhead=tables.overhead(found.results),
+        model=tables.model_table(found.model) if found.model else None,
         model_missing=found.model_missing,
         plots=_plots(found.results),
         accuracy=Markup(plots.accuracy_plot(found.results)),
@@ -103,7 +103,7 @@ def _cell(r: Result, found: Report, unstable: bool) -> dict[str, Any]:
         "text": f"{r.pair.speedup:.2f}x" if r.pair.speedup < 99.5 else f"{r.pair.speedup:.0f}x",
         "kind": kind,
         "strength": round(15 + 60 * strength) if kind in ("faster", "slower") else 0,
-        "title": "; ".join([report.speedup(r.pair), *r.notes]),
+        "title": "; ".join([tables.speedup(r.pair), *r.notes]),
         "ratio": f"{r.pair.speedup:.4f}",
     }
 
@@ -116,7 +116,7 @@ def _heat(found: Report) -> list[dict[str, Any]]:
         line = lines.setdefault(
             (r.op, r.shape), {"family": r.family, "op": r.op, "shape": r.shape, "dims": r.dims, "cells": {}}
         )
-        line["cells"][report.SHORT.get(r.dtype, r.dtype)] = _cell(r, found, unstable)
+        line["cells"][tables.SHORT.get(r.dtype, r.dtype)] = _cell(r, found, unstable)
     ordered = sorted(
         lines.values(), key=lambda line: list(dict.fromkeys(r.op for r in found.results)).index(line["op"])
     )
@@ -128,7 +128,7 @@ def _heat(found: Report) -> list[dict[str, Any]]:
 
 def command(r: Result, found: Report) -> str:
     """What measures this case alone."""
-    words = ["mmkern", "bench", "--ops", r.op, "--dtype", report.SHORT.get(r.dtype, r.dtype), "--shape", r.shape]
+    words = ["mmkern", "bench", "--ops", r.op, "--dtype", tables.SHORT.get(r.dtype, r.dtype), "--shape", r.shape]
     if found.options.get("shapes"):
         words += ["--shapes", str(found.options["shapes"])]
     elif found.options.get("level") != "quick":
@@ -144,29 +144,29 @@ def _row(r: Result, found: Report) -> dict[str, Any]:
         "op": r.op,
         "shape": r.shape,
         "dims": r.dims,
-        "dtype": report.SHORT.get(r.dtype, r.dtype),
+        "dtype": tables.SHORT.get(r.dtype, r.dtype),
     }
     unit = "GFLOP/s" if r.bound in ARITHMETIC else "GB/s"
     ratio = r.max_error / r.torch_error if r.max_error is not None and r.torch_error else None
     return known | {
         "status": r.status,
         "error": r.error,
-        "ours": report.duration(r.seconds) if r.seconds else "",
-        "theirs": report.duration(r.torch_seconds) if r.torch_seconds else "",
+        "ours": tables.duration(r.seconds) if r.seconds else "",
+        "theirs": tables.duration(r.torch_seconds) if r.torch_seconds else "",
         "cell": _cell(r, found, False),
         "interval": f"{r.pair.low:.2f} to {r.pair.high:.2f}" if r.pair and len(r.pair.ours) > 1 else "",
-        "rate": f"{report.three_digits(r.rate)} {unit}" if r.rate else "",
-        "peak": f"{r.of_ceiling:.0%} {report.CEILING_NAMES.get(r.bound, r.bound)}" if r.of_ceiling else "",
+        "rate": f"{tables.three_digits(r.rate)} {unit}" if r.rate else "",
+        "peak": f"{r.of_ceiling:.0%} {tables.CEILING_NAMES.get(r.bound, r.bound)}" if r.of_ceiling else "",
         "max_error": "" if r.max_error is None else f"{r.max_error:.1e}",
         "error_ratio": "" if ratio is None else f"{ratio:.2f}x torch's",
-        "cold": f"{report.duration(r.cold[0])} / {report.duration(r.cold[1])}" if r.cold else "",
+        "cold": f"{tables.duration(r.cold[0])} / {tables.duration(r.cold[1])}" if r.cold else "",
         "one_thread": f"{r.one_thread.speedup:.2f}x" if r.one_thread else "",
-        "memory": report.memory(r.peak_bytes) if r.peak_bytes is not None else "",
-        "torch_memory": report.memory(r.torch_peak_bytes) if r.torch_peak_bytes is not None else "",
+        "memory": tables.memory(r.peak_bytes) if r.peak_bytes is not None else "",
+        "torch_memory": tables.memory(r.torch_peak_bytes) if r.torch_peak_bytes is not None else "",
         "notes": r.notes,
         "ran": ", ".join(r.ran),
         "against": r.against,
-        "screened": {n: report.duration(s) if not isinstance(s, str) else s for n, s in r.screened.items()},
+        "screened": {n: tables.duration(s) if not isinstance(s, str) else s for n, s in r.screened.items()},
         "command": command(r, found),
     }
 
@@ -175,10 +175,10 @@ def _plots(results: Sequence[Result]) -> list[dict[str, Any]]:
     shown = []
     for op in dict.fromkeys(r.op for r in results):
         drawn = []
-        for dtype in report.SHORT:
-            of = [r for r in results if r.op == op and r.dtype == dtype and r.shape != report.OVERHEAD]
+        for dtype in tables.SHORT:
+            of = [r for r in results if r.op == op and r.dtype == dtype and r.shape != tables.OVERHEAD]
             if svg := plots.op_plot(op, dtype, of):
-                drawn.append({"dtype": report.SHORT[dtype], "svg": Markup(svg)})
+                drawn.append({"dtype": tables.SHORT[dtype], "svg": Markup(svg)})
         if drawn:
             shown.append({"op": op, "family": next(r.family for r in results if r.op == op), "drawn": drawn})
     return shown

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmkern.benchmarks.records import ARITHMETIC, Result
-from mmkern.benchmarks.report import CEILING_NAMES, SHORT
 from mmkern.benchmarks.statistics import interval
+from mmkern.benchmarks.tables import CEILING_NAMES, SHORT
 
 # Colours that stand for one of the page's own: no other element of a plot has them.
 PAGE_COLOURS = {

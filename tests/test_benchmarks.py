@@ -9,7 +9,7 @@ import torch
 from benchmark_cases import softmax_case
 
 import mmkern
-from mmkern.benchmarks import guards, machine, measure, report, statistics, suite, timing
+from mmkern.benchmarks import guards, machine, measure, statistics, suite, tables, timing
 from mmkern.benchmarks.records import Baseline, Problem
 
 
@@ -95,11 +95,11 @@ def test_a_failing_case_shows_no_time(ours, status):
     assert result.pair is None
     assert result.seconds is None
     assert result.rate is None
-    (table,) = report.family_tables([result])
+    (table,) = tables.family_tables([result])
     assert status.upper() in table.rows[0]
     assert not any("x [" in cell for cell in table.rows[0])
-    assert report.summary([result]).rows[0][2] == "0/1"
-    assert report.failures([result]).rows[0][4] == result.error
+    assert tables.summary([result]).rows[0][2] == "0/1"
+    assert tables.failures([result]).rows[0][4] == result.error
 
 
 def test_a_case_that_costs_more_than_it_may_is_measured_once_and_gives_no_verdict():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from benchmark_cases import a_report, a_result
 
-from mmkern.benchmarks import headline, report, trace
+from mmkern.benchmarks import headline, report, tables, trace
 from mmkern.benchmarks.measure import compare
 
 README = Path(__file__).parents[1] / "README.md"
@@ -64,6 +64,6 @@ def test_a_thinned_report_says_the_same():
     found.results[0] = replace(found.results[0], pair=compare(ours, [2 * t + 1e-6 for t in ours[::-1]]))
     thin = headline.thinned(found)
     assert len(thin.results[0].pair.ours) == headline.QUANTILES
-    assert report.summary(thin.results) == report.summary(found.results)
+    assert tables.summary(thin.results) == tables.summary(found.results)
     assert thin.results[0].pair.speedup == found.results[0].pair.speedup
     assert thin.results[0].seconds == pytest.approx(found.results[0].seconds)

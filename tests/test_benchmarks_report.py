@@ -6,7 +6,7 @@ import pytest
 import torch
 from benchmark_cases import a_report, a_result
 
-from mmkern.benchmarks import report, trace
+from mmkern.benchmarks import report, tables, trace
 
 
 def test_a_report_survives_its_file(tmp_path):
@@ -86,7 +86,7 @@ def test_a_noisy_run_gives_no_verdict():
     assert (good.faster, good.equal, good.slower, good.timed, good.right, good.checked) == (1, 1, 1, 4, 4, 5)
     found.results[0].notes = ["unstable: 1.0 to 3.0"]
     assert report.verdict(found).mean == pytest.approx((0.5 * 0.95) ** 0.5), "what is unstable is no part of a mean"
-    assert report.summary(found.results).rows[0][2:5] == ("1/2", "0.50x", "0.50x")
+    assert tables.summary(found.results).rows[0][2:5] == ("1/2", "0.50x", "0.50x")
     found.noise[0]["floor"] = 0.4
     bad = report.verdict(found)
     assert bad.mean is None
@@ -100,11 +100,11 @@ def test_a_noisy_run_gives_no_verdict():
     [(2.5, "2.50 s"), (0.0123, "12.3 ms"), (1.5e-6, "1.50 µs"), (2.34e-4, "234 µs"), (9.996e-4, "1000 µs")],
 )
 def test_durations_read_well(seconds, text):
-    assert report.duration(seconds) == text
+    assert tables.duration(seconds) == text
 
 
 def test_a_narrow_screen_drops_spare_columns_only():
-    (table,) = report.family_tables(a_report().results)
+    (table,) = tables.family_tables(a_report().results)
     assert table.fit(1000).header == table.header
     narrow = table.fit(100)
     assert {"op", "shape", "dtype", "mmkern", "torch", "speedup"} <= set(narrow.header)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import mmkern
-from mmkern.benchmarks import bench_attention_training, measure, report, suite
+from mmkern.benchmarks import bench_attention_training, measure, suite, tables
 from mmkern.benchmarks.bench_attention_training import DROPOUT, _Gradients
 from mmkern.benchmarks.memory import peak_bytes
 from mmkern.benchmarks.records import Baseline, Case, Problem
@@ -132,13 +132,13 @@ def test_reports_show_peak_memory_where_gradients_are_computed(tmp_path):
     assert min(results[1].peak_bytes, results[1].torch_peak_bytes) >= 2 * x.nbytes  # output and gradient
 
     results[1].peak_bytes, results[1].torch_peak_bytes = 3 * MIB, 1536
-    (table,) = report.family_tables(results)
-    column = table.header.index(report.MEMORY)
+    (table,) = tables.family_tables(results)
+    column = table.header.index(tables.MEMORY)
     assert [row[column] for row in table.rows] == ["", "3.00 MiB (1.50 KiB)"]
-    (table,) = report.family_tables(results[:1])
-    assert report.MEMORY not in table.header
+    (table,) = tables.family_tables(results[:1])
+    assert tables.MEMORY not in table.header
     assert {len(row) for row in table.fit(80).rows} == {len(table.fit(80).header)}
     whole = Report("now", {}, {"processor": "one"}, results=results)
     save(tmp_path / "report.jsonl", whole)
     assert [(r.peak_bytes, r.torch_peak_bytes) for r in read(tmp_path).results] == [(None, None), (3 * MIB, 1536)]
-    assert report.memory(5 * MIB * 1024) == "5.00 GiB"
+    assert tables.memory(5 * MIB * 1024) == "5.00 GiB"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import mmkern
 from mmkern import cli
-from mmkern.benchmarks import commands, machine, model, noise, report, suite, trace
+from mmkern.benchmarks import commands, machine, model, noise, suite, tables, trace
 from mmkern.benchmarks.run import PLANS
 
 run = CliRunner().invoke
@@ -44,7 +44,7 @@ def test_bench_prints_tables_and_writes_both_reports(small, tmp_path):
     for text in (result.output, markdown):
         assert "geometric mean" in text
         assert "8x32" in text
-        assert report.duration(found.results[0].seconds) in text
+        assert tables.duration(found.results[0].seconds) in text
     assert "report.md" in result.output
     assert "5/5 log_softmax smallest bf16: " in result.stderr, "off a terminal each case is a line"
 
