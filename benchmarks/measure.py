@@ -15,35 +15,25 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-import mmkern
 from mmkern.benchmarks import guards
+from mmkern.benchmarks.checking import as_outputs, check, judge, right
 from mmkern.benchmarks.guards import MIN_ROUNDS, Refused
 from mmkern.benchmarks.machine import Ceilings
 from mmkern.benchmarks.memory import peak_bytes
 from mmkern.benchmarks.records import SEED, Baseline, Call, Case, Outputs, Pair, Problem, Result
 from mmkern.benchmarks.statistics import interval, median
 from mmkern.benchmarks.timing import loops_for, seconds_per_call, stretch
-from mmkern.testing import Accuracy, accuracy
+from mmkern.testing import Accuracy
 
 MAX_ROUNDS = 201
 HOPELESS = 3.0  # a baseline whose first call takes this many times the best so far is not timed again
-WRONG = 4.0  # a baseline is right up to this many times the limit that mmkern is held to
 TINY = 2e-4  # seconds of a call up to which threads may cost more than they bring
 COLD_ROUNDS, LARGEST_COLD = 3, 1 << 25  # above it nothing of a case's data stays in a cache anyway
 FLUSHED = 1 << 26  # bytes written between two cold calls: more than a core's share of the last cache
-
-
-class Checked(NamedTuple):
-    """The first call: how accurate, what ran, what it gave."""
-
-    accuracy: Accuracy
-    ran: list[mmkern.Choice]
-    outputs: Outputs
-    seconds: float
 
 
 @dataclass
@@ -69,10 +59,6 @@ def compare(ours: Sequence[float], theirs: Sequence[float], busy: tuple[float, f
     """The speedup that paired samples show: median of their ratios, with its interval."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return Pair(list(ours), list(theirs), median(ratios), *interval(ratios), busy)
-
-
-def as_outputs(given: Any) -> Outputs:
-    return given if isinstance(given, tuple) else (given,)
 
 
 def time_pair(
@@ -119,39 +105,6 @@ def time_pair(
     took = [sum(side) * n for side, n in zip(samples, loops, strict=True)]
     shares = [b / t if t > guards.SHORTEST_COUNTED else 0.0 for b, t in zip(busy, took, strict=True)]
     return compare(*samples, (shares[0], shares[1])), kept
-
-
-def judge(problem: Problem, outputs: Outputs, baseline: Outputs, exact: Outputs) -> Accuracy:
-    """The worst of the outputs by the rule of mmkern.testing; what is compared is picked already."""
-    found = [accuracy(a, e, b, problem.kind) for a, e, b in zip(outputs, exact, baseline, strict=True)]
-    return max(found, key=lambda one: (not one.ok, one.max_error / one.bound))
-
-
-def check(problem: Problem) -> Checked:
-    """Accuracy of ours, and what ran."""
-    kept: list[Any] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        start = time.perf_counter()
-        ran = mmkern.explain(lambda: kept.append(problem.ours()))
-        seconds = time.perf_counter() - start
-    outputs = as_outputs(kept[0])
-    if problem.yardstick:
-        baseline = as_outputs(problem.yardstick())
-    else:
-        with problem.baselines[0].context():
-            baseline = problem.compared(as_outputs(problem.baselines[0].call()))
-    exact = as_outputs(problem.exact())
-    return Checked(judge(problem, problem.compared(outputs), baseline, exact), ran, outputs, seconds)
-
-
-def right(problem: Problem, baseline: Outputs, exact: Outputs) -> str:
-    """Why a baseline's output (what is compared of it) is too far from float64 to be a rival; empty if it is not."""
-    for b, e in zip(baseline, exact, strict=True):
-        found = accuracy(b, e, None, problem.kind)
-        if found.relative_l2 > WRONG * found.limit:
-            return f"wrong: relative L2 {found.relative_l2:.1e} from float64"
-    return ""
 
 
 def screen(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import mmkern
-from mmkern.benchmarks import bench_attention_training, measure, suite, tables
+from mmkern.benchmarks import bench_attention_training, checking, measure, suite, tables
 from mmkern.benchmarks.bench_attention_training import DROPOUT, _Gradients
 from mmkern.benchmarks.memory import peak_bytes
 from mmkern.benchmarks.records import Baseline, Case, Problem
@@ -46,7 +46,7 @@ def test_a_check_repeats_what_is_drawn_and_leaves_the_generator_alone():
 
 def test_a_check_sees_another_mask(monkeypatch):
     problem = bench_attention_training.build(SMALL, torch.float32, "cpu")
-    monkeypatch.setattr(measure, "SEED", measure.SEED + 1)
+    monkeypatch.setattr(checking, "SEED", checking.SEED + 1)
     assert measure.measure(case(problem), timed=False).status == "wrong"
 
 
