@@ -134,7 +134,9 @@ class Run:
         if missing := model.missing():
             return [], missing
         try:
-            return self.worker.ask("model", self.plan.model, seconds=max(MODEL, 3 * self.plan.model), tell=self.step), ""
+            return self.worker.ask(
+                "model", self.plan.model, seconds=max(MODEL, 3 * self.plan.model), tell=self.step
+            ), ""
         except (Late, Died, RuntimeError) as error:
             return [], f"MiniLM: {error}"
 

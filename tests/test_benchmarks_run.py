@@ -89,14 +89,12 @@ def test_an_interrupted_run_keeps_what_it_measured_and_says_so(tmp_path):
 
 
 def test_processes_add_their_rounds(tmp_path):
-    one, _answers, _ = a_run(tmp_path, [], CASES)
-    here = Here()
-    one.worker = here
-    result = one.one(CASES[0], left=5.0, cases=1, processes=3)
-    assert result.status == "ok", result.error
-    single = one.one(CASES[0], left=5.0, cases=1)
-    assert len(result.pair.ours) >= 3 * 5 > 0
+    one, _, _ = a_run(tmp_path, [], CASES, Plan(0.01, 600.0, 6000.0))
+    one.worker = Here()
+    single, result = (one.one(CASES[0], left=600.0, cases=1, processes=count) for count in (1, 3))
+    assert (single.status, result.status) == ("ok", "ok"), result.error
     assert len(single.pair.ours) >= 5
+    assert len(result.pair.ours) >= 3 * 5
     assert run.merged([result, replace(single, pair=None, status="wrong")]).status == "wrong"
 
 
