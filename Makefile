@@ -22,8 +22,9 @@ CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
+# Spread over processes, each with its share of the cores: tests/conftest.py.
 test: build
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: build
 	$(PY) -m mmkern.cli bench $(if $(OPS),--ops $(OPS))
