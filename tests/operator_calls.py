@@ -226,7 +226,8 @@ def wrong_tensor(d: Draw, t: Tensor | None) -> Any:
     t = t.clone()
     values = FLOATS if t.is_floating_point() else INTS if t.dtype == torch.int64 else [-1, 0, 13, 300, 2**31 - 1]
     if t.dtype != torch.bool and t.numel():
-        t.view(-1)[d.random.randrange(t.numel())] = d.one(*values)
+        t = t.contiguous()
+        t.view(-1)[d.random.randrange(t.numel())] = torch.tensor(d.one(*values)).to(t.dtype)
     return t
 
 
@@ -274,45 +275,81 @@ def at_guard(t: Tensor) -> Tensor:
     return copy
 
 
-def differences(name: str, args: list[Any], found: Any) -> str:
+def differences(name: str, args: list[Any], found: Any, into: int | None = None) -> str:
     """How a result differs from the reference's, "" where it does not."""
     try:
         exact = OPS[name].reference(*args)
     except Exception as error:  # any error of torch's
         return f"the reference raises {type(error).__name__}: {str(error)[:150]}"
-    pairs = zip(*((t,) if isinstance(t, Tensor) else t for t in (found, exact)), strict=True)
-    for i, (a, b) in enumerate(pairs):
-        if a.shape != b.shape or a.dtype != b.dtype:
+    if not comparable(name, args):
+        return ""
+    exact = exact if into is None else args[into]
+    results = [[t] if isinstance(t, Tensor) else list(t) for t in (found, exact)]
+    if name == "cross_entropy_fwd" and results[0][3].numel():  # float16 gradients are kept larger
+        results[0][1:3] = [(t / results[0][3]).to(t.dtype) for t in results[0][1:3]]
+        results = [each[:3] for each in results]
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        if a.shape != b.shape or (a.dtype != b.dtype and a.numel()):
             return f"output {i} is {a.shape} {a.dtype}, not {b.shape} {b.dtype}"
-        near = 1e-3 if a.dtype == torch.float32 else 3e-2
-        if a.numel() and not torch.allclose(a.double(), b.double(), near, near, equal_nan=True):
-            return f"output {i} differs by {(a.double() - b.double()).abs().max():.3g}"
+        near = 3e-2 if any(isinstance(t, Tensor) and t.dtype in DTYPES[2:4] for t in args) else 1e-3
+        a, b = a.double(), b.double()
+        if not moderate(name, args):
+            a, b = (torch.where(a.isfinite() & b.isfinite(), t, 0.0) for t in (a, b))
+        if a.numel() and not torch.allclose(a, b, near, near, equal_nan=True):
+            return f"output {i} differs by {(a - b).abs().max():.3g}: {a.flatten()[:6].tolist()} is not {b.flatten()[:6].tolist()}"
     return ""
+
+
+def moderate(name: str, args: list[Any]) -> bool:
+    """Whether all numbers are finite and far from overflow, so that not even infinities may differ."""
+    floats = [torch.tensor(a) if isinstance(a, float) else a for a in args]
+    floats = [t.double() for t in floats if isinstance(t, Tensor) and t.is_floating_point()]
+    return all(bool(t.isfinite().all()) and (t.numel() == 0 or t.abs().max() < 1e30) for t in floats)
+
+
+def comparable(name: str, args: list[Any]) -> bool:
+    """Sines of huge angles have no digits in the reference: no position beyond 2^28, no frequency above 1."""
+    if "rotary" in name:
+        where, base = args[-6], args[-5]
+        return base >= 1.0 and (where is None or bool((where.abs() < 1 << 28).all()))
+    if name in ("add_positional_encoding_fwd", "embed_tokens_fwd"):
+        offset, offsets = (args[3], args[4]) if name[0] == "a" else (args[4], args[5])
+        return abs(offset) < 1 << 28 and (offsets is None or bool((offsets.abs() < 1 << 28).all()))
+    return True
+
+
+def has_memory(t: Any) -> bool:
+    """Whether torch itself may touch what the argument holds."""
+    if not isinstance(t, Tensor) or t.numel() == 0:
+        return True
+    if t.device.type != "cpu" or t.layout != torch.strided:
+        return False
+    last = t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
 
 
 def outcome(name: str, args: list[Any]) -> str:
     """What a call comes to: "ok", "refused ..." or "WRONG ..."."""
-    into = {"softmax_out": 2, "log_softmax_out": 2, "cross_entropy_bwd_": 0}.get(name)
-    kept = [a.clone() if isinstance(a, Tensor) and i == into else a for i, a in enumerate(args)]
     operator = getattr(torch.ops.mmkern, name)
+    readable = all(has_memory(a) for a in args)
+    dense = all(a.device.type == "cpu" and a.layout == torch.strided for a in args if isinstance(a, Tensor))
+    if not dense and any(isinstance(a, Tensor) and a.layout == torch.strided and not has_memory(a) for a in args):
+        return "ok, left out: the reference would run, and torch's own ops read half a storage"
+    kept = [a.clone() if isinstance(a, Tensor) else a for a in args] if readable else args
     try:
         found = operator(*args)
-        if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
-            return "ok, without memory"
-        if into is not None:
-            if isinstance(args[2], Tensor) and args[2] is args[0]:
-                kept[0] = kept[2]
-            found, kept[into] = args[into], torch.empty_like(kept[into]) if into else kept[into]
-            exact = OPS[name].reference(*kept)
-            kept_into = kept[into]
-            same = torch.allclose(found.double(), kept_into.double(), 1e-3, 1e-3, equal_nan=True)
-            return "ok" if same and exact is None else "WRONG result"
         if name == "attention_bwd":  # the formula reads neither output: give both the right ones
-            args[2:4] = torch.ops.mmkern.attention_fwd(*args[4:-1])
+            args[2:4] = kept[2:4] = torch.ops.mmkern.attention_fwd(*args[4:-1])
             found = operator(*args)
     except Exception as error:  # any error of ours or torch's
         return f"refused {type(error).__name__}: {str(error).splitlines()[0][:150]}"
-    wrong = differences(name, args, found)
+    if not readable:
+        return "WRONG it read memory that there is not" if dense else "ok"
+    if found is None:  # written into an argument
+        place = 2 if name.endswith("out") else 0
+        wrong = differences(name, kept, args[place], place)
+    else:
+        wrong = differences(name, kept, found)
     return f"WRONG {wrong}" if wrong else "ok"
 
 

@@ -35,8 +35,9 @@ void check_attention(const Tensor& query, const Tensor& key, const Tensor& value
   // Positions stay within int64.
   check_range<int64_t>("window_left", window_left, -1, int64_t{1} << 62);
   check_range<int64_t>("window_right", window_right, -1, int64_t{1} << 62);
-  if (!(softcap >= 0.0 && finite(softcap))) {
-    refuse("softcap", "expected 0, which is none, or a finite number above 0, got ", softcap);
+  const double cap = float(softcap);  // what the kernels see: 1e-50 would be none
+  if (!(finite(cap) && (cap > 0.0 || softcap == 0.0))) {
+    refuse("softcap", "expected 0, which is none, or a float32 number above 0, got ", softcap);
   }
   const auto floats = [&](const char* name, const MaybeTensor& t, int64_t dims) {
     if (t) Checked(*t, name).typed(ScalarType::Float).shaped(q, dims, {heads});
