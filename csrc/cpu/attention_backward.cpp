@@ -13,6 +13,30 @@ namespace {
 // Which gradients are wanted: bits of `wanted`, in the order of the results.
 enum Wanted { kQuery, kKey, kValue, kMask, kTemperature, kSlopes, kSinks };
 
+// What backward asks beyond the forward's arguments, which AttentionInputs has found to be right.
+void check_gradients(const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& out,
+                     const Tensor& lse, const AttentionInputs& in, const Tensor& query,
+                     const MaybeTensor& attn_mask, const MaybeTensor& temperature,
+                     const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, int64_t wanted) {
+  const Checked q(query, "query");
+  const int64_t rows = q.rank - 1;
+  Checked(out, "out").typed(q.type).shaped(q, rows, {in.args.value_dim});
+  Checked(grad_out, "grad_out").typed(q.type).shaped(q, rows, {in.args.value_dim});
+  Checked(lse, "lse").typed(ScalarType::Float).shaped(q, rows);
+  if (grad_lse) Checked(*grad_lse, "grad_lse").typed(ScalarType::Float).shaped(q, rows);
+  int64_t possible = 1 << kQuery | 1 << kKey | 1 << kValue;
+  if (attn_mask && attn_mask->scalar_type() != ScalarType::Bool) possible |= 1 << kMask;
+  if (temperature) possible |= 1 << kTemperature;
+  if (alibi_slopes) possible |= 1 << kSlopes;
+  if (sinks) possible |= 1 << kSinks;
+  check_wanted(wanted, possible);
+  // Parts of a mask, and key blocks, are counted in 32 bits.
+  const int64_t units = product("key", {in.args.batch, in.args.kv_heads});
+  if (units > INT32_MAX || in.args.k_len / 64 >= INT32_MAX) {
+    refuse("key", units, " heads of ", in.args.k_len, " keys are too many to be counted");
+  }
+}
+
 int64_t block_keys(int64_t widest_dim) {
   return widest_dim <= 64 ? 256 : widest_dim <= 128 ? 128 : 64;  // blocks of k and v stay in L2
 }
@@ -79,6 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
   AttentionInputs in(query, key, value, attn_mask, dropout_p, is_causal, scale, similarity,
                      temperature, window_left, window_right, softcap, alibi_slopes, key_lengths,
                      sinks, causal_lower_right, seed);
+  check_gradients(grad_out, grad_lse, out, lse, in, query, attn_mask, temperature, alibi_slopes,
+                  sinks, wanted);
   AttentionBackwardArgs g{};
   AttentionArgs& a = g.forward;
   a = in.args;

@@ -180,8 +180,9 @@ class ScoreGradients {
     }
     if (a_.softcap != 0.0f) {
       for (int64_t i = lo; i < end; i += kLanes) {
-        const Vec t = load(b.tanhs + i);
-        store(scores + i, load(scores + i) * fnma(t, t, set1(1.0f)));
+        const Vec t = load(b.tanhs + i), grad = load(scores + i);
+        // A hidden key's tanh may be NaN: what lies behind the last key is left from other calls.
+        store(scores + i, select(equal(grad, zero()), zero(), grad * fnma(t, t, set1(1.0f))));
       }
     }
     if (g_.temperature) {

@@ -145,7 +145,7 @@ class CrossEntropy {
     S* const grad_soft = at<S>(a_.grad_soft, n, i);
     float& loss = a_.loss[n * a_.inner + i];
     const int64_t target = kTarget == Target::soft ? 0 : a_.target[n * a_.inner + i];
-    if (kTarget != Target::soft && target == a_.ignore_index) {
+    if (kTarget != Target::soft && (target == a_.ignore_index || !has_class(a_, target))) {
       loss = 0.0f;
       if (grad)
         each_vec(classes, [&](int64_t j, int lanes) { store_part(grad + j, zero(), lanes); });
@@ -240,7 +240,7 @@ class CrossEntropy {
     float lane[kLanes] = {}, own[kLanes] = {};
     for (int l = 0; l < lanes && kTarget != Target::soft; ++l) {
       const int64_t target = a_.target[place + l];
-      const bool ignored = target == a_.ignore_index;
+      const bool ignored = target == a_.ignore_index || !has_class(a_, target);
       lane[l] = ignored ? -1.0f : float(target);
       own[l] = ignored ? 0.0f : weight(target);
     }

@@ -22,8 +22,8 @@ void sum_position(const PositionSums& a, const Dropout& d, int64_t position, flo
                   float* factors) {
   memset(sum, 0, (a.grad.dim + kMaxLanes) * sizeof(float));
   for (int64_t b = 0; b < a.grad.batch; ++b) {
-    const int64_t t = position - (a.offsets ? a.offsets[b] : a.offset);
-    if (t < 0 || t >= a.grad.length) continue;
+    const uint64_t t = uint64_t(position) - uint64_t(a.offsets ? a.offsets[b] : a.offset);
+    if (t >= uint64_t(a.grad.length)) continue;
     for (int64_t h = 0; h < a.grad.heads; ++h) {
       const int64_t row = (b * a.grad.heads + h) * a.grad.length + t;
       if (d.on()) keep_row(d, a.keep, row, a.grad.length, a.grad.dim, factors);

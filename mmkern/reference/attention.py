@@ -49,7 +49,9 @@ def attention(
     q, (k, v) = query, (t.repeat_interleave(heads // max(t.shape[-3], 1), -3) for t in (key, value))
     if q.dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
-    length = torch.full((), k_len, device=q.device) if key_lengths is None else key_lengths[..., None, None, None]
+    length = torch.full((), k_len, device=q.device)
+    if key_lengths is not None:
+        length = key_lengths.clamp(0, k_len)[..., None, None, None]
     i = torch.arange(q_len, device=q.device)[:, None] + (length - q_len if causal_lower_right else 0)
     j = torch.arange(k_len, device=q.device)
     visible = (j < length).expand(*q.shape[:-1], k_len)
