@@ -8,9 +8,10 @@ namespace mmkern {
 // Sums over the keys of a row, which become gradients of what a row, head or batch has once.
 enum RowSum { kSumWeights, kSumTemperature, kSumSlope, kSumMask, kRowSums };
 
-// What backward finds of a row again where its log-sum-exp does not tell: the maximum of its scores
-// as they are kept, 1 / the sum of the exponentials (0: not found again) and its sink's weight.
-enum RowStat { kStatMax, kStatInverse, kStatSink, kRowStats };
+// What backward finds of a row again where its log-sum-exp does not tell: whether it did (1, or 0),
+// the maximum of its scores as they are kept, what 2^(score - that) is multiplied by, and the
+// weight of its sink.
+enum RowStat { kStatFound, kStatMax, kStatInverse, kStatSink, kRowStats };
 
 // Gradients with a null `data` (or a null pointer) are not wanted.
 struct AttentionBackwardArgs {

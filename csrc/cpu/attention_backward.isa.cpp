@@ -136,6 +136,7 @@ class AttentionBackward : ScoreGradients<Dot> {
       const float higher = sink > top ? sink : top, its = expf(sink - higher);
       const double mine = expf(top - higher), total = row.l * mine + its;
       float* stats = g_.stats + flat_index(a_, row) * kRowStats;
+      stats[kStatFound] = 1.0f;
       stats[kStatMax] = row.m;
       stats[kStatInverse] = float(mine / total);
       stats[kStatSink] = float(its / total);

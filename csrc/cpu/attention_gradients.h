@@ -107,7 +107,7 @@ class ScoreGradients {
       dropout_factors(dropout_, row.batch, row.head, row.index, j + lo, end - lo, b.keep + lo);
     }
     const float* stats = b.stats + r * kRowStats;
-    if (stats[kStatInverse] != 0.0f) {
+    if (stats[kStatFound] != 0.0f) {
       const Vec unit = set1(row.unit), base = set1(stats[kStatMax]);
       const Vec inverse = set1(stats[kStatInverse]);
       weigh(b, r, weights, scores, lo, end, alone, plain, stats[kStatSink],
