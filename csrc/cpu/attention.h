@@ -49,6 +49,8 @@ struct AttentionCall {
   float* partials;
 };
 
+constexpr int64_t kDirectRows = 12;  // so few query rows that share a key head read keys as stored
+
 MMKERN_KERNEL(attention, AttentionCall)
 
 }  // namespace mmkern

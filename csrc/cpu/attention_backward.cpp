@@ -2,6 +2,8 @@
 // rows that are too small for a kernel. The kernel is in attention_backward.isa.cpp.
 #include "cpu/attention_backward.h"
 
+#include <cmath>
+#include <limits>
 #include <map>
 #include <tuple>
 
@@ -70,6 +72,21 @@ void reduce(const AttentionArgs& a, const View& view, int64_t step, int64_t coun
     }
   }
   for (size_t i = 0; i < totals.size(); ++i) static_cast<float*>(to.data)[i] = float(totals[i]);
+}
+
+// Whether a row is there whose log-sum-exp does not tell the sum of its exponentials.
+bool any_far(const float* lse, int64_t rows) {
+  constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  int64_t far = 0;
+  for (int64_t i = 0; i < rows; ++i) far += !(std::fabs(lse[i]) < kFarLse) & (lse[i] != kHidden);
+  return far != 0;
+}
+
+// Whether forward may have read keys as stored, whose dot products differ from backward's in their
+// last bits, and the scores are what a mask or ALiBi has left of larger ones.
+bool other_bits(const AttentionArgs& a) {
+  return a.heads / a.kv_heads * a.q_len <= kDirectRows && a.similarity <= Similarity::cosine &&
+         (a.mask_kind > MaskKind::boolean || a.alibi_slopes);
 }
 
 // Units in the order in which they add to the part of the mask that they share, if any do.
@@ -160,7 +177,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
   g.block_keys = block_keys(std::max(a.head_dim, a.value_dim));
   g.key_blocks = (a.k_len + g.block_keys - 1) / g.block_keys;
   g.query_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
-  Tensor delta, q_sums, row_sums, column_sums, sink_rows, turns, mask_turns;
+  Tensor stats, delta, q_sums, row_sums, column_sums, sink_rows, turns, mask_turns;
+  g.all_stats = other_bits(a);
+  if (g.all_stats || any_far(a.lse, rows_all)) {
+    g.stats = zeros<float>(stats, {rows_all * kRowStats}, ScalarType::Float);
+  }
   // Small calls pay for every allocation: only what this one needs.
   if (g.key_blocks > 1 || wants(kSinks)) {
     delta = torch::stable::empty({rows_all}, ScalarType::Float);

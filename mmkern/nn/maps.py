@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mmkern import reference
+from mmkern.reference import Similarity
 
 
 def attention_weights(
@@ -21,7 +23,7 @@ def attention_weights(
     key_lengths: Tensor | None = None,
     causal_alignment: str = "upper_left",
 ) -> Tensor:
-    """The softmax weights of an attention whose log-sum-exp is known: exp(score - lse), no second softmax.
+    """The softmax weights of an attention whose log-sum-exp is known: exp(score - lse).
 
     Args:
         query: (B, H, L, D). key: (B, K, S, D), K a divisor of H.
@@ -38,31 +40,12 @@ def attention_weights(
                 temperature=temperature, alibi_slopes=alibi_slopes, key_lengths=key_lengths,
                 causal_alignment=causal_alignment,
             )  # fmt: skip
-    q, k = (t.to(lse.dtype) for t in (query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)))
-    if similarity == "cosine":
-        q, k = F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12)
-    if similarity in ("dot", "cosine"):
-        scores = q @ k.mT
-    else:
-        scores = -torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist")
-        scores = -scores.square() if similarity == "squared_euclidean" else scores
-    scores = scores * scale if temperature is None else scores * scale * temperature[:, None, None]
-
-    # Where query i stands on the key axis, and which keys j it sees.
-    q_len, k_len = scores.shape[-2:]
-    lengths = torch.full((1,), k_len) if key_lengths is None else key_lengths
-    lengths = lengths.to(scores.device)[:, None, None, None]
-    i = torch.arange(q_len, device=scores.device)[:, None]
-    i = i + (lengths - q_len if causal_alignment == "lower_right" else 0)
-    j = torch.arange(k_len, device=scores.device)
-    visible = j < lengths
-    if is_causal:
-        visible = visible & (j <= i)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes[:, None, None] * (i - j).abs()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        visible = visible & attn_mask
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    visible = visible & (scores != -torch.inf)
-    return torch.where(visible, (scores - lse[..., None]).where(visible, 0.0).exp(), 0.0)
+    scores, visible = reference.attention_scores(
+        query, key, attn_mask, is_causal, scale, Similarity[similarity.upper()], temperature, -1, -1, 0.0,
+        alibi_slopes, key_lengths, causal_alignment == "lower_right",
+    )  # fmt: skip
+    # A log-sum-exp of 1e9 is rounded to a multiple of 64 and tells no sum: there, the row's own.
+    far = ~(lse.abs() < 128)[..., None]
+    weights = (scores - lse[..., None]).where(visible & ~far, -torch.inf).exp()
+    own = scores.masked_fill(~visible.any(-1, keepdim=True), 0.0).softmax(-1)
+    return torch.where(far, own, weights).where(visible, 0.0)
