@@ -20,6 +20,7 @@ def attention_weights(
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
     causal_alignment: str = "upper_left",
+    softcap: float | None = None,
 ) -> Tensor:
     """The softmax weights of an attention whose log-sum-exp is known: exp(score - lse), no second softmax.
 
@@ -36,7 +37,7 @@ def attention_weights(
             return attention_weights(
                 query, key, lse, attn_mask, scale=scale, is_causal=is_causal, similarity=similarity,
                 temperature=temperature, alibi_slopes=alibi_slopes, key_lengths=key_lengths,
-                causal_alignment=causal_alignment,
+                causal_alignment=causal_alignment, softcap=softcap,
             )  # fmt: skip
     q, k = (t.to(lse.dtype) for t in (query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)))
     if similarity == "cosine":
@@ -47,6 +48,8 @@ def attention_weights(
         scores = -torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist")
         scores = -scores.square() if similarity == "squared_euclidean" else scores
     scores = scores * scale if temperature is None else scores * scale * temperature[:, None, None]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
 
     # Where query i stands on the key axis, and which keys j it sees.
     q_len, k_len = scores.shape[-2:]
