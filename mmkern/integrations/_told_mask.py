@@ -15,8 +15,13 @@ _FACTS = {
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point}  # fmt: skip
 
 
+def added(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask to add to scores that Transformers' eager attention gets: 0, or the lowest finite number."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
 class ToldMask(Tensor):
-    """A boolean mask (batch, 1, q_len, k_len) that is causal, or hides each row's last keys, or both.
+    """A mask (batch, 1, q_len, k_len) that is causal, or hides each row's last keys, or both: bool, or to be added.
 
     Its memory is one element. Whoever computes with it, slices it, moves it or edits it gets, and edits, the written
     mask, which is then also what attention reads (`written`).
@@ -31,9 +36,9 @@ class ToldMask(Tensor):
 
     @classmethod
     def tell(
-        cls, shape: tuple[int, int, int, int], device: Any, *, is_causal: bool, lengths: Tensor | None
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: Any, *, is_causal: bool, lengths: Tensor | None
     ) -> ToldMask:
-        mask = torch.ones((), dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
+        mask = torch.zeros((), dtype=dtype, device=device).expand(shape).as_subclass(cls)
         mask.is_causal, mask.key_lengths, mask.written = is_causal, lengths, None
         return mask
 
@@ -47,7 +52,8 @@ class ToldMask(Tensor):
                 visible = visible & (key <= torch.arange(q_len, device=self.device)[:, None])
             if self.key_lengths is not None:
                 visible = visible & (key < self.key_lengths[:, None, None, None])
-            self.written = visible.expand(batch, 1, q_len, k_len).contiguous()  # an edit is of one row
+            mask = visible if self.dtype == torch.bool else added(visible, self.dtype)
+            self.written = mask.expand(batch, 1, q_len, k_len).contiguous()  # an edit is of one row
         return self.written
 
     @classmethod

@@ -22,7 +22,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils.output_capturing import _active_collector
 
 import mmkern
-from mmkern.integrations._told_mask import ToldMask
+from mmkern.integrations._told_mask import ToldMask, added
 from mmkern.nn.maps import attention_weights
 
 _names: set[str] = set()  # under which mmkern is registered
@@ -81,28 +81,50 @@ def _guard_all(original: Callable[..., None]) -> Callable[..., None]:
 
 def _check_uses_interface(model: type, name: str) -> None:
     for one in model.__mro__:
-        if issubclass(one, PreTrainedModel) and one is not PreTrainedModel and (found := _own_attention(one.__module__)):
-            raise ValueError(
-                f"attn_implementation={name!r}: {model.__name__} computes its attention itself ({one.__module__}."
-                f"{found}), without Transformers' attention interface; use attn_implementation='eager', under "
-                "mmkern.integrations.torch.patched() for mmkern's softmax"
-            )
+        if issubclass(one, PreTrainedModel) and one is not PreTrainedModel and (own := _own_attention(one.__module__)):
+            raise ValueError(_refusal(name, model.__name__, own))
+
+
+def _refusal(name: str, who: str, own: str) -> str:
+    return (
+        f"attn_implementation={name!r}: {who} computes its attention itself, in {own}, without Transformers' attention "
+        "interface; use attn_implementation='eager', or 'sdpa' where it has it, inside "
+        "mmkern.integrations.torch.patched()"
+    )
+
+
+def _modeling(config: Any) -> str:
+    """The module that defines the models of this configuration."""
+    return type(config).__module__.replace(".configuration_", ".modeling_")
 
 
 @cache
 def _own_attention(module_name: str) -> str | None:
-    """The name of an attention class in a module of which no class uses the attention interface; None if none."""
+    """An attention class of a module whose attention does not, or not always, go through the interface; or None."""
     module = sys.modules.get(module_name)
     if module is None:
         return None
-    here = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module_name
-    }
+    for value in vars(module).values():  # tables by name of implementation, ours not among them
+        if isinstance(value, dict) and isinstance(value.get("eager"), type):
+            return f"{module_name}.{value['eager'].__name__}"
     if any(isinstance(value, AttentionInterface) for value in vars(module).values()):
         return None
-    return next((name for name in here if "attention" in name.lower() or "attn" in name.lower()), None)
+    for name, value in vars(module).items():
+        if isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module_name:
+            if "attention" in name.lower() or "attn" in name.lower():
+                return f"{module_name}.{name}"
+    return None
+
+
+@cache
+def _knows_sdpa(module_name: str) -> bool:
+    """Whether a model of this module takes boolean masks; of an unknown module, as most do, yes."""
+    models = [
+        value
+        for value in vars(sys.modules.get(module_name, torch)).values()
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == module_name
+    ]
+    return not models or any(model._supports_sdpa for model in models)
 
 
 # ---- Masks
@@ -119,17 +141,24 @@ def attention_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The boolean mask sdpa would get; made once per forward pass. None means that every query sees every key.
+    """The mask of a forward pass, (batch, 1, q_length, kv_length). None means that every query sees every key.
+
+    Boolean where the model knows sdpa, True for what a query sees; else, as in eager attention, of `dtype` and added to
+    scores: such a model may compute with it.
 
     Causality is always in the mask: whether a layer's own `is_causal` can be believed differs between models. Where the
     mask is no more than causal, or hides padding on the right, or both, it is a `ToldMask`, which takes no memory
     and lets attention skip what is hidden.
     """
-    if config is not None:
-        _check_config(type(config), config._attn_implementation)
+    own = _own_attention(_modeling(config))
+    if own:  # a configuration was given the name after its model had been built
+        raise ValueError(_refusal(config._attn_implementation, type(config).__name__, own))
+    kind = torch.bool if _knows_sdpa(_modeling(config)) else dtype
+    shape = (batch_size, 1, q_length, kv_length)
     tracing = not _readable(attention_mask, q_offset, kv_offset)
     if not tracing:
         q_offset, kv_offset = int(q_offset), int(kv_offset)
@@ -139,7 +168,7 @@ def attention_mask(
             if known and not causal and lengths is None and allow_is_bidirectional_skip:
                 return None
             if known:
-                return ToldMask.tell((batch_size, 1, q_length, kv_length), device, is_causal=causal, lengths=lengths)
+                return ToldMask.tell(shape, kind, device, is_causal=causal, lengths=lengths)
     mask = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -155,18 +184,8 @@ def attention_mask(
     )
     # sdpa's None under a causal mask: one query sees all keys; more of them start where the keys start.
     if mask is None and allow_is_causal_skip and q_length > 1:
-        return ToldMask.tell((batch_size, 1, q_length, kv_length), device, is_causal=True, lengths=None)
-    return mask
-
-
-def _check_config(config: type, name: str) -> None:
-    """Refuse, too, where a configuration was given the name after its model had been built."""
-    found = _own_attention(module := config.__module__.replace(".configuration_", ".modeling_"))
-    if found:
-        raise ValueError(
-            f"attn_implementation={name!r}: {module}.{found} computes its attention itself, without Transformers' "
-            "attention interface; use attn_implementation='eager'"
-        )
+        return ToldMask.tell(shape, kind, device, is_causal=True, lengths=None)
+    return mask if mask is None or kind == torch.bool else added(mask, dtype)
 
 
 def _readable(*values: Any) -> bool:

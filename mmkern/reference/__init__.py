@@ -1,6 +1,12 @@
 """The definition of each op in plain torch: what tests, benchmarks and devices without a kernel use."""
 
-from mmkern.reference.attention import Similarity, attention, attention_backward, attention_backward_gradients
+from mmkern.reference.attention import (
+    Similarity,
+    attention,
+    attention_backward,
+    attention_backward_gradients,
+    empty_output,
+)
 from mmkern.reference.linear_loss import linear_cross_entropy, linear_cross_entropy_backward
 from mmkern.reference.loss import (
     cross_entropy,
@@ -39,6 +45,7 @@ __all__ = [
     "cross_entropy_loss",
     "embed_tokens",
     "embedding_gradient",
+    "empty_output",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "log_softmax",
