@@ -27,10 +27,12 @@ from mmkern.nn.maps import attention_weights
 
 _names: set[str] = set()  # under which mmkern is registered
 
-# Keywords that say nothing about the result of attention: what `_forward` does not apply and is not here is refused.
+# Keywords that say nothing about the result of attention; `attention_forward` refuses what it neither applies nor finds
+# here. Positions are in the queries, and in the mask where they tell packed sequences apart.
 _HARMLESS = frozenset({
-    "output_attentions", "output_hidden_states", "return_dict", "use_cache", "cache_position", "num_items_in_batch",
-    "position_ids", "deterministic", "max_length_q", "max_length_k",
+    "cache_position", "deterministic", "input_ids", "labels", "logits_to_keep", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "position_ids",
+    "return_dict", "use_cache",
 })  # fmt: skip
 
 
@@ -236,6 +238,7 @@ def attention_forward(
     indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as a Transformers layer calls it.
@@ -250,6 +253,7 @@ def attention_forward(
         s_aux: (heads,) attention sinks. sinks: (batch, heads, q_len, 1), one for each query.
         indices: integers (batch, q_len, n): the keys each query may see; -1 is none.
         cu_seq_lens_q, cu_seq_lens_k: int (n + 1,): where packed sequences start, the last one's end included.
+        seq_idx: int (batch, length): to which packed sequence a position belongs.
 
     Returns:
         (batch, q_len, heads, head_dim), and the weights (batch, heads, q_len, k_len) before dropout where
@@ -274,7 +278,9 @@ def attention_forward(
             attention_mask = attention_mask.write()
     elif sliding_window is not None and attention_mask is None and sliding_window < k_len:
         attention_mask = _window(sliding_window, causal, q_len, k_len, query.device)
-    for more in (_selected(indices, k_len), _packed(cu_seq_lens_q, cu_seq_lens_k, query, k_len), position_bias):
+    packed = _packed(cu_seq_lens_q, cu_seq_lens_k, query, k_len)
+    same = None if seq_idx is None else (seq_idx[:, :, None] == seq_idx[:, None, :])[:, None]
+    for more in (_selected(indices, k_len), packed, same, position_bias):
         attention_mask = _combine(attention_mask, more)
     if attention_mask is not None and attention_mask.dtype not in (torch.bool, torch.float32):
         attention_mask = attention_mask.to(query.dtype)
