@@ -1,5 +1,6 @@
 # From a fresh clone, each of these sets up what it needs first:
 #   make test                      every test
+#   make architectures             every architecture of Transformers, small, against its eager attention: minutes
 #   make bench                     speed against torch; OPS=softmax for some ops only
 #   make build                     compile what changed
 #   make gpu                       on a CUDA GPU: every Triton test, then speed; STAGE=test or bench for one of the two;
@@ -21,13 +22,16 @@ BIN   := $(if $(VENV),$(VENV)/bin/)
 STAMP := $(or $(VENV),build)/installed
 CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 
-.PHONY: help test bench gpu build lint format asan tsan clean
+.PHONY: help test architectures bench gpu build lint format asan tsan clean
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
 # Spread over processes, each with its share of the cores: tests/conftest.py.
 test: build
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+architectures: build
+	$(PY) -m pytest -q -m architectures tests/test_architectures.py
 
 bench: build
 	$(PY) -m mmkern.cli bench $(if $(OPS),--ops $(OPS))

@@ -497,15 +497,26 @@ def describable(t: Tensor) -> bool:
 
 def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     """`mmkern::attention_fwd`: query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) and the rest
-    -> (B..., H, L, V) in memory order (B..., L, H, V), and the log-sum-exp (B..., H, L) in float32."""
+    -> (B..., H, L, V) in query's memory order, and the log-sum-exp (B..., H, L) in float32."""
     query, value = args[0], args[2]
-    *lead, heads, q_len, _ = query.shape
-    out = query.new_empty((*lead, q_len, heads, value.shape[-1]))
-    lse = query.new_empty((*lead, heads, q_len), dtype=torch.float32)
+    out = empty_output(query, value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     x = Inputs.of(*args)
     if lse.numel():
-        _forward(x, out.view(query.shape[:-3].numel(), *out.shape[-3:]).transpose(1, 2), lse)
-    return out.transpose(-3, -2), lse
+        _forward(x, out.flatten(0, -4) if out.dim() > 4 else out, lse)
+    return out, lse
+
+
+def empty_output(query: Tensor, value_dim: int) -> Tensor:
+    """Memory for (B..., H, L, V), as mmkern.reference.empty_output: the dims before the heads lie as one."""
+    heads, q_len, head_dim = query.shape[-3:]
+    if query.dim() == 4 and value_dim == head_dim and (head_dim <= 1 or query.stride(-1) == 1):
+        out = torch.empty_like(query)
+        if head_dim <= 1 or out.stride(-1) == 1:
+            return out
+    if query.stride(-3) < query.stride(-2):
+        return query.new_empty((*query.shape[:-3], q_len, heads, value_dim)).transpose(-3, -2)
+    return query.new_empty((*query.shape[:-1], value_dim))
 
 
 def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:

@@ -87,6 +87,8 @@ class MultiheadAttention(nn.Module):
     in_proj_weight: Tensor | None
     in_proj_bias: Tensor | None
     alibi_slopes: Tensor | None
+    # nn.TransformerEncoderLayer reads it in inference: True would hand our weights to torch's fused layer.
+    _qkv_same_embed_dim = False
 
     def __init__(
         self,

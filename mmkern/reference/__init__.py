@@ -6,6 +6,7 @@ from mmkern.reference.attention import (
     attention_backward,
     attention_backward_gradients,
     attention_scores,
+    empty_output,
 )
 from mmkern.reference.linear_loss import linear_cross_entropy, linear_cross_entropy_backward
 from mmkern.reference.loss import (
@@ -46,6 +47,7 @@ __all__ = [
     "cross_entropy_loss",
     "embed_tokens",
     "embedding_gradient",
+    "empty_output",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "log_softmax",

@@ -65,7 +65,7 @@ def attention(
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
         visible = visible & keep
     out = _weighted_sum(weights, v, visible).to(query.dtype)
-    return _as_output(out), lse
+    return _laid_out(out, query), lse
 
 
 def attention_scores(
@@ -193,6 +193,20 @@ def _all(x: Tensor) -> bool:
         return False
 
 
-def _as_output(out: Tensor) -> Tensor:
-    """Memory order (B..., L, H, V), so that merging the heads afterwards copies nothing."""
-    return out.transpose(-3, -2).contiguous().transpose(-3, -2)
+def empty_output(query: Tensor, value_dim: int) -> Tensor:
+    """Memory for the output (..., H, L, value_dim), in query's order of dims as in torch's op: `view` then works on
+    it as on a contiguous query's, and merging the heads of a projection's copies nothing."""
+    heads, q_len, head_dim = query.shape[-3:]
+    if query.dim() == 4 and value_dim == head_dim and (head_dim <= 1 or query.stride(-1) == 1):
+        out = torch.empty_like(query)
+        if head_dim <= 1 or out.stride(-1) == 1:
+            return out
+    if query.stride(-3) < query.stride(-2):
+        return query.new_empty((*query.shape[:-3], q_len, heads, value_dim)).transpose(-3, -2)
+    return query.new_empty((*query.shape[:-1], value_dim))
+
+
+def _laid_out(out: Tensor, query: Tensor) -> Tensor:
+    strides = empty_output(query, out.shape[-1]).stride()
+    order = sorted(range(out.dim()), key=lambda d: -strides[d])
+    return out.permute(order).contiguous().permute([order.index(d) for d in range(out.dim())])
