@@ -96,7 +96,7 @@ class Backbone(nn.Module):
         except Exception as error:  # what transformers raises of foreign settings is no closed list
             raise ValueError(
                 f"image_stem: expected conv, patch or a backbone of transformers, got {config.image_stem!r} "
-                f"with image_weights {weights!r} ({error})"
+                f"with image_weights {weights!r} ({str(error)[:200]})"
             ) from None
         if self.model.config.model_type != config.image_stem:
             raise ValueError(

@@ -51,7 +51,9 @@ def train(
         import mmkern
         from mmkern.training import files
         from mmkern.training.config import parse, read
+        from mmkern.training.data import check_text
 
+        check_text(str(output), "--output")
         changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
         chosen = (read(config) if config else parse({})).model_dump()
         chosen["training"] |= changes

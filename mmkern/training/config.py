@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from mmkern.model.config import ModelConfig
 from mmkern.training import files
@@ -22,6 +22,7 @@ GLOVE = "glove"  # in place of a file of word vectors: those of the extra `glove
 _DEFAULTS = {"dropout": 0.05}  # a short run learns too little to overfit
 
 Count = Annotated[int, Field(ge=0, le=10**9)]  # of steps, samples, evaluations: years of training
+Positive = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=-(2**53), le=2**53)]  # torch takes 64 bits, the loop a thousand of them for each
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -32,6 +33,13 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, (str, Path)):
+            str(value).encode()  # a checkpoint keeps it as JSON: a folder's name may be no Unicode
+        return value
 
 
 class _ModelSection(_Section):
@@ -78,7 +86,7 @@ class DataConfig(_Section):
 class TrainingConfig(_Section):
     """How it is learned."""
 
-    steps: Count = Field(default=4500, ge=1)
+    steps: Positive = 4500
     batch_size: int = Field(default=32, ge=1, le=2**16)  # over all processes; twice the largest that is known to train
     seed: Seed = 0
     device: str = "auto"
@@ -91,7 +99,7 @@ class TrainingConfig(_Section):
     clip: float = Field(default=1.0, ge=0)  # norm of the gradient; 0: as it is
     schedule: Literal["constant", "step", "cosine", "linear", "plateau"] = "cosine"
     warmup: Count = 800  # steps
-    decay_every: Count = Field(default=500, ge=1)  # steps, of the schedule step
+    decay_every: Positive = 500  # steps, of the schedule step
     decay: float = Field(default=0.1, gt=0, le=1)  # of the schedules step and plateau
     floor: float = Field(default=0.02, ge=0, le=1)  # of cosine and linear: share of the learning rate at the end
     patience: Count = 2  # evaluations without a better score before the schedule plateau decays
@@ -101,9 +109,9 @@ class TrainingConfig(_Section):
     ] = {}  # of the losses; 1 unless given
     teacher: Path | None = None  # run folder of a model whose answers are learned too
     temperature: float = Field(default=2.0, ge=1e-3, le=1e3)  # of teacher and student
-    evaluate_every: Count = Field(default=500, ge=1)  # steps
-    checkpoint_every: Count = Field(default=250, ge=1)  # steps
-    evaluation_samples: Count = Field(default=384, ge=1)  # of the validation split, at most
+    evaluate_every: Positive = 500  # steps
+    checkpoint_every: Positive = 250  # steps
+    evaluation_samples: Positive = 384  # of the validation split, at most
 
 
 class RunConfig(_Section):
@@ -183,7 +191,7 @@ def _line(wrong: ValidationError, kind: type[BaseModel]) -> str:
     """The first thing that is wrong, by its key; an unknown key with the known one nearest to it."""
     first = wrong.errors()[0]
     place = [str(part) for part in first["loc"]]
-    key = ".".join(place)
+    key = ".".join(place) or "all of it"
     if first["type"] == "extra_forbidden":
         section: Any = kind
         for part in place[:-1]:
@@ -196,6 +204,6 @@ def _line(wrong: ValidationError, kind: type[BaseModel]) -> str:
             return f"unknown key {key}; did you mean {'.'.join([*place[:-1], near[0]])}?"
         return f"unknown key {key}; known: {', '.join(known)}"
     reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # of ModelConfig: it names its key
+    if first["type"] == "value_error" and key == "model":  # of ModelConfig: it names its key
         return f"{key}.{reason}"
     return f"{key}: {reason[0].lower()}{reason[1:]}, got {reprlib.repr(first['input'])}"

@@ -103,7 +103,7 @@ def _read(folder: Path, seed: int, allow_outside: bool) -> tuple[list[list[Sampl
         values = _texts(row, where)
         image = folder / values["image"] if "image" in values else None
         if image is not None and image not in known:
-            if not image.is_file():
+            if not image.exists():
                 raise DataError(f"{where}: no picture {values['image']}")
             _check_place(image, within, where)
             pictures.read(image, decode=False)
@@ -160,12 +160,13 @@ def check_text(text: str, where: str) -> str:
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
     try:
         file = io.TextIOWrapper(io.BytesIO(files.read(table, files.TABLE)), encoding="utf-8-sig", newline="")
         if table.suffix == ".csv":
             reader = csv.DictReader(file, strict=True)
             for row in reader:
-                yield reader.line_num, row
+                yield (number := reader.line_num), row
         else:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -178,7 +179,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except RecursionError:
         raise DataError(f"{table}: line {number}: is nested too deeply") from None
     except (csv.Error, ValueError) as error:  # of JSON, of UTF-8, of numbers
-        raise DataError(f"{table}: {error}") from None
+        raise DataError(f"{table}: line {number}: {error}") from None
 
 
 def _place(key: str) -> int:

@@ -58,7 +58,8 @@ def read_word_vectors(path: Path, texts: Iterable[str]) -> tuple[Tokenizer, Tens
     known = torch.stack(list(found.values()))
     draw = torch.Generator().manual_seed(0)
     missing = sorted(wanted - found.keys())
-    drawn = torch.randn(len(SPECIAL) + len(missing), known.shape[1], generator=draw) * known.std()
+    drawn = torch.randn(len(SPECIAL) + len(missing), known.shape[1], generator=draw)
+    drawn *= known.std() if known.numel() > 1 else 1.0
     words = [*SPECIAL, UNKNOWN, *found, *missing]
     vectors = torch.cat([drawn[: len(SPECIAL)], known.mean(0, keepdim=True), known, drawn[len(SPECIAL) :]])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
@@ -149,12 +150,13 @@ def _array(path: Path) -> Iterable[tuple[str, Tensor]]:
     names = [p for suffix in (".txt", ".vocab") if (p := path.with_suffix(suffix)).exists()]
     if not names:
         raise DataError(f"{path}: has no vocabulary beside it ({path.with_suffix('.txt').name}, a word a line)")
-    files.opened(path).close()
+    with files.opened(path) as file:
+        numpys = file.read(6) == b"\x93NUMPY"  # np.load would open archives as well
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False) if numpys else None
     except (ValueError, EOFError):
         vectors = None
-    if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
+    if vectors is None or vectors.dtype.kind not in "fiu":
         raise DataError(f"{path}: is no array of numbers in numpy's format")
     words = files.read(names[0], files.TABLE).decode(errors="replace").removesuffix("\n").split("\n")
     if vectors.ndim != 2 or len(words) != len(vectors):
