@@ -130,6 +130,9 @@ def _train(config: RunConfig, output: Path, resume: bool) -> None:
         model = MultimodalModel(model_config, problem.word_vectors).to(device)
     except ValueError as error:
         raise typer.BadParameter(f"model: {error}") from None
+    trainer = Trainer(config, problem, model, output, None if teacher is None else teacher.model)
+    if found is not None:
+        trainer.restore(found)
     if first and not resume:
         files.write(output / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1))
     with progress(config.training.steps, "training", quiet=not first) as step:
@@ -140,14 +143,10 @@ def _train(config: RunConfig, output: Path, resume: bool) -> None:
             "%d samples, %d classes, %.2f M parameters", len(problem.train), len(problem.classes), parameters / 1e6
         )
 
-        def report(at: int, record: dict[str, float]) -> None:
-            step(1, f"loss {record['loss']:.3f}")
-
-        trainer = Trainer(config, problem, model, output, None if teacher is None else teacher.model, report)
         if found is not None:
-            trainer.restore(found)
             step(found.step)
             log.info("going on after step %d", found.step)
+        trainer.progress = lambda at, record: step(1, f"loss {record['loss']:.3f}")
         trainer.run()
     if first:
         _finish(output, problem, time.perf_counter() - start)
