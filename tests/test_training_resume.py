@@ -153,7 +153,10 @@ def json_edits(original):
         (with_("classes", value=["red"]), "names 1 classes, the model has 3"),
         (with_("model", "width", value="wide"), "model.width: input should be a valid integer"),
         (with_("model", "width", value=10**9), "model.width: expected at most"),
-        (with_("model", "width", value=found["model"]["width"] * 2), "has (3, 32) for class_head.weight, the model (3, 64)"),
+        (
+            with_("model", "width", value=found["model"]["width"] * 2),
+            "has (3, 32) for class_head.weight, the model (3, 64)",
+        ),
         (with_("model", "depth", value=3), "unknown key model.depth"),
         (with_("model", "heads", value=None), "model.heads: field required"),
         (with_("model", "image_stem", value="resnet"), "has "),
