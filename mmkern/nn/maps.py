@@ -33,7 +33,7 @@ def attention_weights(
         The others: as there.
 
     Returns:
-        (B, H, L, S) float32 (float64 for float64): each row sums to 1 (to less, with sinks), or is 0 where the query sees
+        (B, H, L, S) float32 (float64 for float64): each row sums to 1 (less, with sinks), or is 0 where the query sees
         no key.
     """
     if torch.is_autocast_enabled(query.device.type):
