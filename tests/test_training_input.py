@@ -9,6 +9,8 @@ import sys
 import zlib
 
 import pytest
+import torch
+import typer
 from PIL import Image
 from training_cases import CONFIG, ask, draw_shapes, refused
 
@@ -321,3 +323,10 @@ def test_caches_go_to_the_users_cache_folder(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("MPLCONFIGDIR", raising=False)
     console.keep_caches()
     assert "MPLCONFIGDIR" not in os.environ
+
+
+def test_a_memory_too_small_is_one_line_and_other_errors_are_not_hidden():
+    with pytest.raises(typer.BadParameter, match="the memory is too small for these sizes"), console.one_line():
+        torch.empty(1 << 46)  # 256 TiB: more than there are addresses
+    with pytest.raises(RuntimeError, match="must match"), console.one_line():
+        torch.zeros(2) + torch.zeros(3)
