@@ -32,6 +32,7 @@ from mmkern.kernels.attention_scores import (
     tile,
 )
 from mmkern.kernels.attention_scores import exp as _exp
+from mmkern.kernels import check
 from mmkern.kernels.launch import cdiv, launch, pick, power_of_2
 from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile, narrow, wide
 
@@ -486,6 +487,7 @@ def describable(t: Tensor) -> bool:
 def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     """`mmkern::attention_fwd`: query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) and the rest
     -> (B..., H, L, V) in memory order (B..., L, H, V), and the log-sum-exp (B..., H, L) in float32."""
+    check.attention(*args)
     query, value = args[0], args[2]
     *lead, heads, q_len, _ = query.shape
     out = query.new_empty((*lead, q_len, heads, value.shape[-1]))
