@@ -140,10 +140,13 @@ def test_tokens_filled_anew_between_forward_and_backward(wrong, dtype):
     tokens, weight = torch.tensor([[1, 2], [3, 4]]), torch.randn(V, D, dtype=dtype, requires_grad=True)
     out = mmkern.embed_tokens(tokens, weight)
     tokens.numpy()[:] = wrong  # behind autograd's back
-    with pytest.raises((IndexError, RuntimeError), match="tokens|index"):
-        out.sum().backward()
+    out.sum().backward()
+    assert not weight.grad.any()  # an id without a row adds to none, as in torch's op
+    weight.grad = None
+    tokens.numpy()[:] = 3
+    out = mmkern.embed_tokens(tokens, weight)
     tokens.numpy()[:] = 7  # another batch: its rows, as torch's op
-    mmkern.embed_tokens(tokens, weight).sum().backward()
+    out.sum().backward()
     torch.testing.assert_close(weight.grad, torch.zeros_like(weight).index_fill(0, torch.tensor(7), 4.0))
 
 
@@ -188,7 +191,7 @@ def test_freed_storage_of_tokens_and_of_what_backward_reads():
     x = torch.rand(3, D, requires_grad=True)
     y = mmkern.softmax(x, -1)
     y.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="output: .*was it freed"):
+    with pytest.raises(ValueError, match=r"output: .*was it freed"):
         y.backward(torch.rand(3, D))
 
 
