@@ -32,6 +32,7 @@ from mmkern.kernels.attention_scores import (
     tile,
 )
 from mmkern.kernels.attention_scores import exp as _exp
+from mmkern.kernels import check
 from mmkern.kernels.launch import cdiv, launch, pick, power_of_2
 from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile, narrow, wide
 
@@ -498,6 +499,7 @@ def describable(t: Tensor) -> bool:
 def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     """`mmkern::attention_fwd`: query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) and the rest
     -> (B..., H, L, V) in query's memory order, and the log-sum-exp (B..., H, L) in float32."""
+    check.attention(*args)
     query, value = args[0], args[2]
     out = empty_output(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkern.kernels import check
 from mmkern.kernels.attention import Inputs, Table, flat, tiles
 from mmkern.kernels.attention_scores import (
     COSINE,
@@ -680,6 +681,8 @@ def attention_bwd(
     """`mmkern::attention_bwd`: gradients of query, key, value, attn_mask, temperature, alibi_slopes and sinks, in their
     shapes; empty where the last argument's bit is not set."""
     *args, wanted = query, *rest
+    check.attention(*args)
+    check.attention_gradients(grad_out, grad_lse, out, lse, args, wanted)
     leaves = (*args[:4], args[8], args[12], args[14])
     found = [
         query.new_empty(0) if not wanted >> bit & 1 else like(t) if bit < 3 else t.new_empty(t.shape)

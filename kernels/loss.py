@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkern.kernels import check
 from mmkern.kernels.launch import launch
 from mmkern.kernels.numerics import LN2, LOG2E, narrow, wide
 from mmkern.kernels.rows import Rows, at, place
@@ -153,6 +154,7 @@ def cross_entropy_fwd(
     wide: bool, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`mmkern::cross_entropy_fwd`: the loss; gradients for input and target, empty if not wanted; their multiplier."""
+    check.cross_entropy(input, target, weight, reduction, label_smoothing, wanted)
     dim = min(1, input.dim() - 1)
     soft = target.is_floating_point()
     shape = (*input.shape[:dim], *input.shape[dim + 1 :])
@@ -209,6 +211,7 @@ def _divisor(
 
 def cross_entropy_bwd(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
     """`mmkern::cross_entropy_bwd`: grad * grad_loss / unit, with a grad_loss for each position or one for all."""
+    check.scaled(grad, grad_loss, unit)
     out = like_logits(grad)
     _scale(grad, out, grad_loss, unit)
     return out
@@ -216,6 +219,7 @@ def cross_entropy_bwd(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> T
 
 def cross_entropy_bwd_(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> None:
     """`mmkern::cross_entropy_bwd_`: the same, into grad."""
+    check.scaled(grad, grad_loss, unit)
     _scale(grad, grad, grad_loss, unit)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkern.kernels import check
 from mmkern.kernels.launch import launch
 from mmkern.kernels.numerics import LN2, LOG2E, keep_at, keep_tile, narrow, wide
 from mmkern.kernels.rows import at, collapsed, like_input, place
@@ -207,6 +208,7 @@ def _run(kernel: object, tensors: list[Tensor], dim: int, log: bool) -> None:
 
 def softmax_fwd(input: Tensor, dim: int) -> Tensor:
     """`mmkern::softmax_fwd`: any shape -> the same, contiguous."""
+    check.softmax(input, dim)
     out = like_input(input)
     _run(_softmax_kernel, [input, out], dim, False)
     return out
@@ -214,6 +216,7 @@ def softmax_fwd(input: Tensor, dim: int) -> Tensor:
 
 def log_softmax_fwd(input: Tensor, dim: int) -> Tensor:
     """`mmkern::log_softmax_fwd`."""
+    check.softmax(input, dim)
     out = like_input(input)
     _run(_softmax_kernel, [input, out], dim, True)
     return out
@@ -230,6 +233,7 @@ def log_softmax_out(input: Tensor, dim: int, out: Tensor) -> None:
 
 
 def _into(input: Tensor, dim: int, out: Tensor, log: bool) -> None:
+    check.softmax(input, dim, ("out", out))
     overlaps = input.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
     same = input.data_ptr() == out.data_ptr() and input.stride() == out.stride()
     if overlaps and not same:
@@ -244,6 +248,7 @@ def _into(input: Tensor, dim: int, out: Tensor, log: bool) -> None:
 
 def softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
     """`mmkern::softmax_bwd`: from the gradient of the output, and the output."""
+    check.softmax(output, dim, ("grad", grad))
     out = like_input(output)
     _run(_softmax_bwd_kernel, [grad, output, out], dim, False)
     return out
@@ -251,6 +256,7 @@ def softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
 
 def log_softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
     """`mmkern::log_softmax_bwd`."""
+    check.softmax(output, dim, ("grad", grad))
     out = like_input(output)
     _run(_softmax_bwd_kernel, [grad, output, out], dim, True)
     return out
@@ -289,6 +295,7 @@ def masked_softmax_fwd(
     dropout_seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`mmkern::masked_softmax_fwd`."""
+    check.masked_softmax(input, mask, scale, bias, dim, dropout_p, dropout_seed)
     out = like_input(input)
     _masked(input, out, mask, scale, bias, dim, dropout_p, dropout_seed)
     return out
@@ -299,8 +306,12 @@ def masked_softmax_bwd(
     dim: int, dropout_p: float, dropout_seed: Tensor | None, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`mmkern::masked_softmax_bwd`: gradients of input, mask and bias, empty where their bit is not set."""
-    if output is not None:
-        input = None
+    x = output if dropout_seed is None else input
+    if x is None or (input is not None and output is not None):
+        check.refuse("output, input", "one of them: input with dropout_seed, output without")
+    check.masked_softmax(x, mask, scale, bias, dim, dropout_p, dropout_seed)
+    check.given("grad", grad, x, (x.dtype,), x.shape)
+    check.wanted(wanted, (x, mask, bias))
     rest = (mask, scale, bias, dim, dropout_p, dropout_seed, grad, output)
     found = [grad.new_empty(0)] * 3
     if wanted & 1:

@@ -37,9 +37,8 @@ void run_tasks(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     return;
   }
   TaskLoop loop(tasks);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    loop.run([&](int64_t task) { fn(context, task); });
-  });
+  torch::stable::parallel_for(
+      0, threads, 1, [&](int64_t, int64_t) { loop.run([&](int64_t task) { fn(context, task); }); });
 }
 
 void await_turn(const int32_t* turn, int32_t value) { await(turn, value); }

@@ -27,7 +27,6 @@ Tensor position_table_bwd(const Tensor& grad_in, int64_t positions, int64_t offs
   check_dropout(dropout_p, seed);
   check_range<int64_t>("max_length", positions, 0, INT64_MAX);
   const std::vector<int64_t> starts = read_offsets(offsets);
-  if (grad_in.numel()) check_starts(starts, offset, given.size(2), positions);
   const Tensor grad = with_rows(grad_in);
   Tensor out = torch::stable::new_empty(grad, {positions, grad.size(grad.dim() - 1)});
   if (out.numel() == 0) return out;
@@ -44,20 +43,21 @@ Tensor position_table_bwd(const Tensor& grad_in, int64_t positions, int64_t offs
 }
 
 // The rows of each token, one after the other: order[starts[id]] up to order[starts[id + 1]]. Each
-// id is read once: the buffer of tokens may have been filled anew since forward, or be so now.
+// id is read once: the buffer of tokens may have been filled anew since forward, or be so now. An
+// id outside the vocabulary has no row of the gradient, as in torch's own embedding.
 template <class Id>
 void sort_tokens(const Id* ids, int64_t count, int64_t vocabulary, int64_t padding,
                  std::vector<int64_t>* starts, std::vector<int64_t>* order) {
   starts->assign(vocabulary + 2, 0);
   std::vector<int64_t> read(ids, ids + count);
-  for (int64_t i = 0; i < count; ++i) {
-    if (uint64_t(read[i]) >= uint64_t(vocabulary)) refuse_token(read[i], i, vocabulary);
-    if (read[i] != padding) ++(*starts)[read[i] + 2];
+  for (int64_t& id : read) {
+    if (uint64_t(id) >= uint64_t(vocabulary) || id == padding) id = -1;
+    if (id >= 0) ++(*starts)[id + 2];
   }
   for (int64_t id = 0; id < vocabulary; ++id) (*starts)[id + 2] += (*starts)[id + 1];
   order->resize(starts->back());
   for (int64_t i = 0; i < count; ++i) {
-    if (read[i] != padding) (*order)[(*starts)[read[i] + 1]++] = i;
+    if (read[i] >= 0) (*order)[(*starts)[read[i] + 1]++] = i;
   }
 }
 

@@ -172,7 +172,8 @@ def scaled_dot_product_attention(
         window: (left, right): query i sees keys i + offset - left .. i + offset + right; None is unbounded.
         softcap: bound of the scores, > 0.
         alibi_slopes: float (heads,) or (..., heads).
-        key_lengths: integers broadcastable to the leading dims but the heads: keys j < key_lengths are visible.
+        key_lengths: integers broadcastable to the leading dims but the heads: keys j < key_lengths are visible. Where
+            no value can be read (in a graph, under vmap, on a GPU), one outside [0, k_len] counts as the nearer end.
         sinks: float (heads,): one more score in each row's softmax, with no value.
         causal_alignment: where query 0 stands on the key axis: "upper_left": offset 0; "lower_right": offset
             k_len - q_len, or key_lengths - q_len, so that the last query stands at the last key.

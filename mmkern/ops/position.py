@@ -119,6 +119,7 @@ def add_positional_encoding(
             frequencies 10000^(-4i / dim). dim must be divisible by 4, offset 0.
             A tensor (max_length, dim) of x's dtype: a learned table, which gets a gradient.
         offset: position of the first row, >= 0; or int64 tensor (x.shape[0],), one per batch entry (a cache's lengths).
+            Positions wrap as int64 does.
         scale: factor on x, usually 1 or sqrt(dim).
         dropout_p: probability in [0, 1] of zeroing an element; the others grow by 1 / (1 - dropout_p).
 
@@ -171,7 +172,9 @@ def embed_tokens(
 
     Raises:
         TypeError, ValueError: as `add_positional_encoding`. IndexError: a token outside the vocabulary, a position
-        outside the table, padding_idx outside weight; nothing has been written then.
+        outside the table, padding_idx outside weight; nothing has been written then. On a GPU, where no value is read
+        before the launch, such a row is NaN instead. In backward, tokens that were filled anew with ids outside the
+        vocabulary add to no row of the gradient.
 
     Example:
         >>> import mmkern, torch

@@ -89,7 +89,7 @@ def rotary(
             read where they lie, so a transposed (batch, length, heads, dim) projection is not copied.
         k: q's rank, length, dim and dtype, and q's batch (first of four or more dims); the heads may differ.
             None turns q alone.
-        positions: int64 (length,), or (batch, length) with batch = q.shape[0]; None: 0, 1, 2, ...
+        positions: int64 (length,), or (batch, length) with batch = q.shape[0], any value; None: 0, 1, 2, ...
         base: > 0; 10000 in the paper, 500000 in Llama 3.
         layout: "half" pairs channels (i, i + rotary_dim/2), as GPT-NeoX and Llama do (rotate_half); "interleaved" pairs
             (2i, 2i+1), as the paper and GPT-J do.
