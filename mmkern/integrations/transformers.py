@@ -95,9 +95,10 @@ def _refusal(name: str, who: str, own: str) -> str:
     )
 
 
-def _modeling(config: Any) -> str:
-    """The module that defines the models of this configuration."""
-    return type(config).__module__.replace(".configuration_", ".modeling_")
+@torch.compiler.assume_constant_result
+def _about(module_name: str) -> tuple[str | None, bool]:
+    """What is to be known of the models defined there."""
+    return _own_attention(module_name), _knows_sdpa(module_name)
 
 
 @cache
@@ -156,10 +157,10 @@ def attention_mask(
     mask is no more than causal, or hides padding on the right, or both, it is a `ToldMask`, which takes no memory
     and lets attention skip what is hidden.
     """
-    own = _own_attention(_modeling(config))
+    own, knows_sdpa = _about(type(config).__module__.replace(".configuration_", ".modeling_"))
     if own:  # a configuration was given the name after its model had been built
         raise ValueError(_refusal(config._attn_implementation, type(config).__name__, own))
-    kind = torch.bool if _knows_sdpa(_modeling(config)) else dtype
+    kind = torch.bool if knows_sdpa else dtype
     shape = (batch_size, 1, q_length, kv_length)
     tracing = not _readable(attention_mask, q_offset, kv_offset)
     if not tracing:
