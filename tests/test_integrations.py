@@ -213,7 +213,9 @@ def test_told_masks_are_what_they_say_and_notice_edits():
     lengths = torch.tensor([5, 3])
     for dtype in (torch.bool, torch.float32):
         for causal in (True, False):
-            visible = (torch.arange(5) < lengths[:, None])[:, None, None] & torch.ones(5, 5).tril(5 * (not causal)).bool()
+            visible = (torch.arange(5) < lengths[:, None])[:, None, None] & torch.ones(5, 5).tril(
+                5 * (not causal)
+            ).bool()
             expected = visible if dtype == torch.bool else added(visible, dtype)
             told = ToldMask.tell((2, 1, 5, 5), dtype, "cpu", is_causal=causal, lengths=lengths)
             assert (told.shape, told.dtype, told.ndim) == ((2, 1, 5, 5), dtype, 4)
@@ -270,7 +272,9 @@ def test_trains_as_eager():
             assert (actual - expected).norm() < 1e-4 * expected.norm() + 1e-6
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}], ids=str
+)
 def test_other_ways_to_generate(options):
     found = []
     for model in architecture_cases.pair("gpt_oss"):

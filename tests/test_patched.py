@@ -26,7 +26,6 @@ def ops_of(function, *args, **kwargs) -> list[str]:
         return [choice.op for choice in mmkern.explain(function, *args, **kwargs)]
 
 
-
 def attend(x: torch.Tensor) -> torch.Tensor:
     return F.softmax(F.scaled_dot_product_attention(x, x, x, is_causal=True), dim=-1)
 
@@ -256,10 +255,16 @@ def test_exceptions_threads_and_parts_leave_nothing_behind():
     assert not failed
     assert {name: getattr(F, name) for name in OPS} == before
     assert ops_of(integration.unpatch(patched), X) == ["attention_fwd"]
+    heir = integration.patch(model())
+    heir.__class__ = type("Heir", (type(heir),), {})
     with pytest.raises(ValueError, match="its class was changed after patch"):
-        heir = integration.patch(model())
-        heir.__class__ = type("Heir", (type(heir),), {})
         integration.unpatch(heir)
+
+
+def test_a_forward_of_the_instance_is_inside():
+    patched = model()
+    patched.forward = lambda x: F.softmax(x, dim=-1)
+    assert ops_of(integration.patch(patched), X) == ["softmax_fwd"]
 
 
 def test_what_cannot_be_patched_is_refused():
@@ -267,7 +272,7 @@ def test_what_cannot_be_patched_is_refused():
         def forward(self, x):
             yield x
 
-    with pytest.raises(ValueError, match="Stream.forward runs after the call"):
+    with pytest.raises(ValueError, match=r"Stream\.forward runs after the call"):
         integration.patch(Stream())
     with pytest.raises(ValueError, match="TorchScript"):
         integration.patch(torch.jit.trace(torch.nn.Softmax(-1), X))

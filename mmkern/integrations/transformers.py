@@ -44,9 +44,8 @@ def register(name: str = "mmkern") -> None:
     another's.
     """
     if not _names:
-        for method, guard in ((PreTrainedModel.get_correct_attn_implementation, _guard_one),
-                              (PreTrainedModel.set_attn_implementation, _guard_all)):  # fmt: skip
-            setattr(PreTrainedModel, method.__name__, guard(method))
+        PreTrainedModel.get_correct_attn_implementation = _guard_one(PreTrainedModel.get_correct_attn_implementation)
+        PreTrainedModel.set_attn_implementation = _guard_all(PreTrainedModel.set_attn_implementation)
     _names.add(name)
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
