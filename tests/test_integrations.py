@@ -203,10 +203,9 @@ def test_attention_maps_are_those_of_eager(kind):
     names = [name for name in expected if name.endswith("attentions") and expected[name]]
     assert names
     for name in names:
-        for theirs, found in zip(expected[name], actual[name], strict=True):
-            if theirs.shape[-2] == rows.shape[-1]:  # queries that are padding see what nobody asks for
-                theirs, found = (t.transpose(1, 2)[rows] for t in (theirs, found))
-            torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-6)
+        for layer in zip(actual[name], expected[name], strict=True):
+            own = layer[0].shape[-2] == rows.shape[-1]  # queries that are padding see what nobody asks for
+            torch.testing.assert_close(*(t.transpose(1, 2)[rows] if own else t for t in layer), rtol=1e-4, atol=1e-6)
 
 
 def test_told_masks_are_what_they_say_and_notice_edits():

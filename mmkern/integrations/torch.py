@@ -141,7 +141,7 @@ _CHANGES: tuple[tuple[Any, str, Any], ...] = (
 )
 
 _lock = threading.Lock()
-_depth = 0  # blocks now open, over all threads
+_open: list[None] = []  # an entry for each block now open, over all threads
 _before: list[Any] = []
 
 
@@ -171,7 +171,6 @@ def patched() -> Iterator[None]:
         ...     torch.nn.functional.softmax(torch.zeros(2), dim=0)
         tensor([0.5000, 0.5000])
     """
-    global _depth, _before
     if torch.compiler.is_dynamo_compiling():  # follows the assignments, and needs no lock: nothing is assigned
         before = _swap([value for _, _, value in _CHANGES])
         try:
@@ -180,15 +179,15 @@ def patched() -> Iterator[None]:
             _swap(before)
         return
     with _lock:
-        if _depth == 0:
-            _before = _swap([value for _, _, value in _CHANGES])
-        _depth += 1
+        if not _open:
+            _before[:] = _swap([value for _, _, value in _CHANGES])
+        _open.append(None)
     try:
         yield
     finally:
         with _lock:
-            _depth -= 1
-            if _depth == 0:
+            _open.pop()
+            if not _open:
                 _swap(_before)
 
 
@@ -259,7 +258,7 @@ def patch(model: torch.nn.Module) -> torch.nn.Module:
             raise ValueError(
                 f"model: {original.__name__}.forward runs after the call returns; open patched() around it"
             )
-        object.__setattr__(model, "__class__", _patched_type(original))
+        object.__setattr__(model, "__class__", _patched_type(original))  # type: ignore[arg-type]
     return model
 
 

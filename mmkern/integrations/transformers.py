@@ -44,8 +44,9 @@ def register(name: str = "mmkern") -> None:
     another's.
     """
     if not _names:
-        PreTrainedModel.get_correct_attn_implementation = _guard_one(PreTrainedModel.get_correct_attn_implementation)
-        PreTrainedModel.set_attn_implementation = _guard_all(PreTrainedModel.set_attn_implementation)
+        model: Any = PreTrainedModel
+        model.get_correct_attn_implementation = _guard_one(model.get_correct_attn_implementation)
+        model.set_attn_implementation = _guard_all(model.set_attn_implementation)
     _names.add(name)
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
@@ -111,10 +112,10 @@ def _own_attention(module_name: str) -> str | None:
             return f"{module_name}.{value['eager'].__name__}"
     if any(isinstance(value, AttentionInterface) for value in vars(module).values()):
         return None
-    for name, value in vars(module).items():
-        if isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module_name:
-            if "attention" in name.lower() or "attn" in name.lower():
-                return f"{module_name}.{name}"
+    for value in vars(module).values():
+        here = isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module_name
+        if here and any(word in value.__name__.lower() for word in ("attention", "attn")):
+            return f"{module_name}.{value.__name__}"
     return None
 
 
