@@ -18,8 +18,8 @@ _SIZES = {
     32: "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim n_embed",
     64: "intermediate_size d_ff ffn_dim n_inner encoder_ffn_dim decoder_ffn_dim d_inner ffn_hidden_size mlp_dim "
     "moe_intermediate_size shared_expert_intermediate_size feed_forward_size",
-    2: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers depth top_k moe_k "
-    "num_decoder_layers num_experts_per_tok num_experts_per_token num_key_value_heads num_kv_heads n_head_kv "
+    2: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers depth top_k "
+    "moe_k num_decoder_layers num_experts_per_tok num_experts_per_token num_key_value_heads num_kv_heads n_head_kv "
     "multi_query_group_num encoder_num_hidden_layers decoder_num_hidden_layers",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "num_experts num_local_experts n_routed_experts moe_num_experts",
@@ -85,7 +85,7 @@ def pair(kind):
 
 
 def inputs(model, padding):
-    """Arguments of a call and the mask of what counts; None where the model takes no tokens and padding is asked for."""
+    """Arguments of a call and the mask of what counts; None where padding is asked of a model without tokens."""
     names, config = inspect.signature(model.forward).parameters, model.config
     generator = torch.Generator().manual_seed(2)
     mask = torch.ones(3, LENGTH, dtype=torch.long)

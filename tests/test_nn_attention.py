@@ -341,3 +341,17 @@ def test_inside_torchs_encoder_layers(batch_first, options):
     assert [choice.op for choice in ran] == ["attention_fwd"]
     torch.testing.assert_close(found[1], found[0])
     assert torch.allclose(found[0], expected, atol=1e-5) == (not options)
+
+
+def test_alibi_slopes_survive_meta_construction_and_casts():
+    built = MultiheadAttention(E, H, batch_first=True, alibi=True)
+    x = randn(B, L, E)
+    expected = built(x, x, x)[0]
+    for how in ("to_empty", "assign"):
+        with torch.device("meta"):
+            made = MultiheadAttention(E, H, batch_first=True, alibi=True)
+        if how == "to_empty":
+            made.to_empty(device="cpu")
+        made.load_state_dict(built.state_dict(), assign=how == "assign")
+        torch.testing.assert_close(made(x, x, x)[0], expected)
+    assert torch.equal(built.bfloat16().alibi_slopes, mmkern.alibi_slopes(H))

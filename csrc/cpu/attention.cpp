@@ -10,8 +10,8 @@ namespace {
 // one thread busy and the others idle.
 constexpr int64_t kSplitKeys = 1024, kSplitRows = 16;
 
-// Memory for the output in query's order of dims, as mmkern.reference.empty_output: merging the heads
-// of a projection copies nothing, and a contiguous query's output is contiguous.
+// Memory for the output in query's order of dims, as mmkern.reference.empty_output: merging the
+// heads of a projection copies nothing, and a contiguous query's output is contiguous.
 Tensor empty_output(const Tensor& query, const AttentionInputs& in) {
   const AttentionArgs& a = in.args;
   const int64_t dims = query.dim();

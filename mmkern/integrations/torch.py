@@ -87,9 +87,7 @@ def _attention(
 def _row_op(name: str, ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
     theirs = getattr(F, name)
 
-    def row_op(
-        input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def row_op(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
         if dim is None:  # torch guesses the dim, with a warning
             return theirs(input, dim, _stacklevel + 2, dtype)
         return ours(input if dtype is None else input.to(dtype), dim)
@@ -143,7 +141,7 @@ _CHANGES: tuple[tuple[Any, str, Any], ...] = (
 )
 
 _lock = threading.Lock()
-_depth = 0  # blocks now open, over all threads
+_open: list[None] = []  # an entry for each block now open, over all threads
 _before: list[Any] = []
 
 
@@ -173,7 +171,6 @@ def patched() -> Iterator[None]:
         ...     torch.nn.functional.softmax(torch.zeros(2), dim=0)
         tensor([0.5000, 0.5000])
     """
-    global _depth, _before
     if torch.compiler.is_dynamo_compiling():  # follows the assignments, and needs no lock: nothing is assigned
         before = _swap([value for _, _, value in _CHANGES])
         try:
@@ -182,15 +179,15 @@ def patched() -> Iterator[None]:
             _swap(before)
         return
     with _lock:
-        if _depth == 0:
-            _before = _swap([value for _, _, value in _CHANGES])
-        _depth += 1
+        if not _open:
+            _before[:] = _swap([value for _, _, value in _CHANGES])
+        _open.append(None)
     try:
         yield
     finally:
         with _lock:
-            _depth -= 1
-            if _depth == 0:
+            _open.pop()
+            if not _open:
                 _swap(_before)
 
 
@@ -198,14 +195,17 @@ def patched() -> Iterator[None]:
 
 
 @cache
-def _patched_type(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
+def _patched_type(original: Any) -> Any:
     """`original` with its calls inside `patched()`, under the same name.
 
     A type, not an attribute of the instance: copies, replicas and pickles of the model then call their own forward.
     """
 
+    # Not forward alone: an instance may have one of its own, which calls what it replaced, or nothing.
     @wraps(original.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(type(self), "_mmkern_original"):  # torch.compile kept this method, unpatch came later
+            return original.__call__(self, *args, **kwargs)
         with patched():
             return original.__call__(self, *args, **kwargs)
 
@@ -215,7 +215,8 @@ def _patched_type(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
             return original.forward(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        make, args, *rest = original.__reduce_ex__(self, protocol)
+        reduced: Any = original.__reduce_ex__(self, protocol)
+        make, args, *rest = reduced
         args = tuple(original if a is type(self) else a for a in args)
         return (_rebuild, (make, args), *rest)
 
@@ -254,8 +255,10 @@ def patch(model: torch.nn.Module) -> torch.nn.Module:
     if not hasattr(original, "_mmkern_original"):
         if any(f(original.forward) for f in (inspect.isgeneratorfunction, inspect.iscoroutinefunction,
                                              inspect.isasyncgenfunction)):  # fmt: skip
-            raise ValueError(f"model: {original.__name__}.forward runs after the call returns; open patched() around it")
-        object.__setattr__(model, "__class__", _patched_type(original))
+            raise ValueError(
+                f"model: {original.__name__}.forward runs after the call returns; open patched() around it"
+            )
+        object.__setattr__(model, "__class__", _patched_type(original))  # type: ignore[arg-type]
     return model
 
 
@@ -268,8 +271,9 @@ def unpatch(model: torch.nn.Module) -> torch.nn.Module:
     if isinstance(model, torch._dynamo.OptimizedModule):
         unpatch(model._orig_mod)
         return model
-    if "_mmkern_original" in vars(type(model)):
-        object.__setattr__(model, "__class__", type(model)._mmkern_original)
-    elif hasattr(type(model), "_mmkern_original"):
-        raise ValueError(f"model: its class was changed after patch(), to {type(model)}; undo that first")
+    now: Any = type(model)
+    if "_mmkern_original" in vars(now):
+        object.__setattr__(model, "__class__", now._mmkern_original)
+    elif hasattr(now, "_mmkern_original"):
+        raise ValueError(f"model: its class was changed after patch(), to {now}; undo that first")
     return model

@@ -44,9 +44,9 @@ def register(name: str = "mmkern") -> None:
     another's.
     """
     if not _names:
-        for method, guard in ((PreTrainedModel.get_correct_attn_implementation, _guard_one),
-                              (PreTrainedModel.set_attn_implementation, _guard_all)):  # fmt: skip
-            setattr(PreTrainedModel, method.__name__, guard(method))
+        model: Any = PreTrainedModel
+        model.get_correct_attn_implementation = _guard_one(model.get_correct_attn_implementation)
+        model.set_attn_implementation = _guard_all(model.set_attn_implementation)
     _names.add(name)
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
@@ -95,9 +95,10 @@ def _refusal(name: str, who: str, own: str) -> str:
     )
 
 
-def _modeling(config: Any) -> str:
-    """The module that defines the models of this configuration."""
-    return type(config).__module__.replace(".configuration_", ".modeling_")
+@torch.compiler.assume_constant_result
+def _about(module_name: str) -> tuple[str | None, bool]:
+    """What is to be known of the models defined there."""
+    return _own_attention(module_name), _knows_sdpa(module_name)
 
 
 @cache
@@ -111,10 +112,10 @@ def _own_attention(module_name: str) -> str | None:
             return f"{module_name}.{value['eager'].__name__}"
     if any(isinstance(value, AttentionInterface) for value in vars(module).values()):
         return None
-    for name, value in vars(module).items():
-        if isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module_name:
-            if "attention" in name.lower() or "attn" in name.lower():
-                return f"{module_name}.{name}"
+    for value in vars(module).values():
+        here = isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module_name
+        if here and any(word in value.__name__.lower() for word in ("attention", "attn")):
+            return f"{module_name}.{value.__name__}"
     return None
 
 
@@ -156,10 +157,10 @@ def attention_mask(
     mask is no more than causal, or hides padding on the right, or both, it is a `ToldMask`, which takes no memory
     and lets attention skip what is hidden.
     """
-    own = _own_attention(_modeling(config))
+    own, knows_sdpa = _about(type(config).__module__.replace(".configuration_", ".modeling_"))
     if own:  # a configuration was given the name after its model had been built
         raise ValueError(_refusal(config._attn_implementation, type(config).__name__, own))
-    kind = torch.bool if _knows_sdpa(_modeling(config)) else dtype
+    kind = torch.bool if knows_sdpa else dtype
     shape = (batch_size, 1, q_length, kv_length)
     tracing = not _readable(attention_mask, q_offset, kv_offset)
     if not tracing:

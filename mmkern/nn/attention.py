@@ -151,7 +151,8 @@ class MultiheadAttention(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
         if similarity == "cosine":
             self.log_temperature = nn.Parameter(torch.full((num_heads,), log(10.0), **like))
-        # Float32 whatever dtype: the kernel computes with them. Not saved: they follow from num_heads.
+        # Float32 whatever dtype: the kernel computes with them. Not saved: they follow from num_heads, also where this
+        # module was built on the meta device, or has just been moved or cast (`_apply`).
         slopes = mmkern.alibi_slopes(num_heads, device=device) if alibi else None
         self.register_buffer("alibi_slopes", slopes, persistent=False)
 

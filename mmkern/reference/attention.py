@@ -185,7 +185,7 @@ def _weighted_sum(weights: Tensor, value: Tensor, visible: Tensor) -> Tensor:
 
 def _all(x: Tensor) -> bool:
     """Whether all of x is True; False, too, where values cannot be read: when traced or under vmap."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     try:
         return bool(x.all())
