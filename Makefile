@@ -68,12 +68,14 @@ asan: build
 	cd build/asan && CXX="$(CXX) $(ASAN)" $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/asan && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 PYTHONPATH=. \
-	  $(abspath $(PY)) tests/operator_calls.py 0 0 $(CALLS)
+	  sh -c '$(abspath $(PY)) tests/operator_calls.py 0 0 $(CALLS) && $(abspath $(PY)) tests/operator_calls.py 1 0 $(CALLS) --guard' > calls.txt
+	@tail -1 build/asan/calls.txt
 
 tsan:
 	@mkdir -p build/tsan
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -Icsrc tests/turns_race.cpp -o build/tsan/turns_race -pthread
 	build/tsan/turns_race
+	! build/tsan/turns_race race 2> /dev/null > /dev/null
 
 clean:
 	rm -rf build $(VENV) *.egg-info .*_cache .hypothesis mmkern/*.so

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mmkern.kernels import check
 from mmkern.kernels.attention_scores import (
     BOOL_MASK,
     COSINE,
@@ -32,7 +33,6 @@ from mmkern.kernels.attention_scores import (
     tile,
 )
 from mmkern.kernels.attention_scores import exp as _exp
-from mmkern.kernels import check
 from mmkern.kernels.launch import cdiv, launch, pick, power_of_2
 from mmkern.kernels.numerics import LN2, LOG2E, dot, keep_tile, narrow, wide
 

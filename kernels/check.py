@@ -29,7 +29,7 @@ def given(
     shape: Sequence[int] | None = None,
     rank: int = 0,
 ) -> None:
-    """A tensor of one of `dtypes` on the device of `on`, of that shape or at least so many dims, whose memory exists."""
+    """A tensor of one of `dtypes` on the device of `on`, of that shape or at least so many dims, with memory."""
     if not isinstance(t, Tensor) or t.dtype not in dtypes or t.layout != torch.strided:
         refuse(name, f"expected a dense tensor of {dtypes[0]}, got {getattr(t, 'dtype', type(t).__name__)}")
     if on is not None and t.device != on.device:

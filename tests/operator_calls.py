@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -293,11 +294,12 @@ def differences(name: str, args: list[Any], found: Any, into: int | None = None)
         if a.shape != b.shape or (a.dtype != b.dtype and a.numel()):
             return f"output {i} is {a.shape} {a.dtype}, not {b.shape} {b.dtype}"
         near = 3e-2 if any(isinstance(t, Tensor) and t.dtype in DTYPES[2:4] for t in args) else 1e-3
-        a, b = a.double(), b.double()
+        pair = [a.double(), b.double()]
         if not moderate(name, args):
-            a, b = (torch.where(a.isfinite() & b.isfinite(), t, 0.0) for t in (a, b))
-        if a.numel() and not torch.allclose(a, b, near, near, equal_nan=True):
-            return f"output {i} differs by {(a - b).abs().max():.3g}: {a.flatten()[:6].tolist()} is not {b.flatten()[:6].tolist()}"
+            pair = [torch.where(a.isfinite() & b.isfinite(), t, 0.0) for t in pair]
+        if a.numel() and not torch.allclose(*pair, near, near, equal_nan=True):
+            apart, texts = (pair[0] - pair[1]).abs().max(), [str(t.flatten()[:6].tolist()) for t in pair]
+            return f"output {i} differs by {apart:.3g}: {texts[0]} is not {texts[1]}"
     return ""
 
 
@@ -366,7 +368,7 @@ def shown(a: Any) -> str:
 def main(seed: int, first: int, last: int, guard: bool) -> int:
     torch.set_num_threads(2)
     if "LD_PRELOAD" not in os.environ:  # a size of 2^31 is to be refused, not to fill the machine
-        used = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
         resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)
     wrong = 0
     for number in range(first, last):
