@@ -232,6 +232,7 @@ def test_told_masks_are_what_they_say_and_notice_edits():
     torch.testing.assert_close(attention_forward(ATTENTION, q, k, v, told)[0], want)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_nothing_of_an_example_stays_in_a_traced_model():
     eager, ours = architecture_cases.pair("bert")
 
@@ -254,6 +255,7 @@ def test_nothing_of_an_example_stays_in_a_traced_model():
                 torch.testing.assert_close(model(*arguments.values())[mask.bool()], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_trains_as_eager():
     """Gradients of parameters, position bias and sinks among them, also when layers are computed again."""
     for kind in ("t5", "gpt_oss"):

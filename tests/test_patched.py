@@ -96,6 +96,7 @@ def test_importing_patches_nothing():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
 def test_cross_entropy_is_patched_with_its_gradient():
     x, target, weight = mmkern.testing.randn(6, 9).requires_grad_(), torch.tensor([0, 8, 3, -100, 1, 1]), torch.rand(9)
     loss = torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1)
@@ -206,6 +207,7 @@ def test_a_patched_model_compiles_whole(grad):
     assert not any("mmkern" in name or name == "autograd_function_apply" for name in graphs[1])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_block_around_compiled_code_and_traces_of_a_patched_model():
     torch._dynamo.reset()
     patched, plain = integration.patch(model()), model()
@@ -267,6 +269,7 @@ def test_a_forward_of_the_instance_is_inside():
     assert ops_of(integration.patch(patched), X) == ["softmax_fwd"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_what_cannot_be_patched_is_refused():
     class Stream(torch.nn.Module):
         def forward(self, x):
@@ -322,6 +325,7 @@ def test_function_modes_and_subclasses_see_the_call():
         torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")  # torch's, of a prototype
 def test_nested_and_other_tensors_stay_with_torch():
     parts = [mmkern.testing.randn(length, 2, 8, seed=length) for length in (3, 5)]
     jagged = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
