@@ -39,7 +39,7 @@ from mmkern.kernels.attention_scores import (
 )
 from mmkern.kernels.attention_scores import exp as _exp
 from mmkern.kernels.launch import cdiv, launch
-from mmkern.kernels.numerics import dot, keep_tile, narrow, wide
+from mmkern.kernels.numerics import add, dot, keep_tile, narrow, wide
 
 # As FORWARD: capability -> bytes -> head dim up to -> (plain, busy): rows that stay, rows that pass, warps, stages.
 _SINGLE = {
@@ -614,7 +614,7 @@ def _mask_kernel(
     m_all = tl.where(rows == q_len, 1, tl.cdiv(q_len, BLOCK_M))  # blocks that a broadcast row or column stands for
     n_all = tl.where(columns == k_len, 1, tl.cdiv(k_len, BLOCK_N))
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc, rest = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     pair_first, pair_last = part * chunk, tl.minimum(part * chunk + chunk, pairs)
     for step in tl.range(pair_first * m_all * n_all, pair_last * m_all * n_all):
         n_step, m_step, pair = step % n_all, (step // n_all) % m_all, step // (n_all * m_all)
@@ -659,7 +659,7 @@ def _mask_kernel(
             head_dim, value_dim, True, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION,
             BLOCK_N,
         )  # fmt: skip
-        acc += ds
+        acc, rest = add(acc, rest, ds)
     m, n = m_tile * BLOCK_M + tl.arange(0, BLOCK_M), n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     base = parts_ptr + ((part.to(tl.int64) * own_batch + own_b) * own_heads + own_head) * rows * columns
     if rows != q_len:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmkern.kernels import check
 from mmkern.kernels.launch import launch
-from mmkern.kernels.numerics import LN2, LOG2E, narrow, wide
+from mmkern.kernels.numerics import LN2, LOG2E, add, narrow, wide
 from mmkern.kernels.rows import Rows, at, place
 
 MEAN = 1
@@ -49,6 +49,7 @@ def _cross_entropy_kernel(
     top = tl.full([ROWS, 1], -float("inf"), tl.float32)
     base = tl.zeros([ROWS, 1], tl.float32)  # the maximum where finite: what sums are relative to
     total, terms = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
+    rest, terms_rest, dots_rest = total, total, total
     dots, x_own = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, width, COLUMNS):
@@ -57,7 +58,8 @@ def _cross_entropy_kernel(
         x = wide(tl.load(x_ptr + x_rows + m.to(tl.int64) * xn, mask=inside, other=-float("inf")))
         highest = tl.maximum(top, tl.max(x, 1)[:, None])
         before, base = base, tl.where(tl.abs(highest) < float("inf"), highest, 0.0)
-        total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((x - base) * LOG2E), 1)[:, None]
+        down = tl.exp2((top - base) * LOG2E)
+        total, rest = add(total * down, rest * down, tl.sum(tl.exp2((x - base) * LOG2E), 1)[:, None])
         top = highest
         if SOFT or SMOOTH:
             w = tl.full([1, COLUMNS], 1.0, tl.float32)
@@ -67,8 +69,9 @@ def _cross_entropy_kernel(
             if SOFT:
                 t = wide(tl.load(target_ptr + t_rows + m.to(tl.int64) * tn, mask=inside, other=0.0))
                 term = w * (keep * t + share)
-            dots += terms * (before - base) + tl.sum(tl.where(inside, term * (x - base), 0.0), 1)[:, None]
-            terms += tl.sum(tl.where(inside, term, 0.0), 1)[:, None]
+            moved = tl.where(terms == 0.0, 0.0, terms * (before - base))
+            dots, dots_rest = add(dots, dots_rest, moved + tl.sum(tl.where(inside, term * (x - base), 0.0), 1)[:, None])
+            terms, terms_rest = add(terms, terms_rest, tl.sum(tl.where(inside, term, 0.0), 1)[:, None])
         if not SOFT:
             x_own += tl.sum(tl.where(inside & (m == target), x, 0.0), 1)[:, None]
     log_total = tl.where(top == float("inf"), float("nan"), tl.log2(total))

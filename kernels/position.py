@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmkern.kernels import check
 from mmkern.kernels.launch import cdiv, launch, power_of_2
-from mmkern.kernels.numerics import keep_tile, narrow, sincos, wide
+from mmkern.kernels.numerics import add, keep_tile, narrow, sincos, wide
 from mmkern.kernels.turns import turns
 
 NONE, SINUSOIDAL, SCALAR, SINCOS2D, TABLE = (tl.constexpr(i) for i in range(5))
@@ -116,7 +116,7 @@ def _table_gradient_kernel(
     r = (pid % l_blocks).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     start = pid // l_blocks * BLOCK_D
     column = start + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    acc, rest = tl.zeros([BLOCK_L, BLOCK_D], tl.float32), tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     zero = tl.full([], 0, tl.int64)
     for step in tl.range(0, entries):
         entry = step + zero  # int64; the interpreter's is a plain number
@@ -133,7 +133,7 @@ def _table_gradient_kernel(
                 tl.load(seed_ptr), threshold, i * 0 + entry // heads, i * 0 + entry % heads, i, start, BLOCK_D
             )
             grad = tl.where(keep, grad * keep_scale, 0.0)
-        acc += grad
+        acc, rest = add(acc, rest, grad)
     ok = (r < table_rows)[:, None] & (column < dim)[None, :]
     tl.store(out_ptr + r[:, None] * dim + column[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=ok)
 
@@ -150,7 +150,7 @@ def _embedding_gradient_kernel(
     column = start + tl.arange(0, BLOCK_D)
     first, last = tl.load(starts_ptr + token), tl.load(starts_ptr + token + 1)
     last = tl.where(token == padding_idx, first, last)
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    acc, rest = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for at in tl.range(first, last, BLOCK_R):
         place = at + tl.arange(0, BLOCK_R)
         row = tl.load(order_ptr + place, mask=place < last, other=0)
@@ -162,7 +162,7 @@ def _embedding_gradient_kernel(
                 tl.load(seed_ptr), threshold, entry // heads, entry % heads, row[:, None] % length, start, BLOCK_D
             )
             grad = tl.where(keep, grad * keep_scale, 0.0)
-        acc += tl.sum(tl.where(ok, grad, 0.0), 0)
+        acc, rest = add(acc, rest, tl.sum(tl.where(ok, grad, 0.0), 0))
     tl.store(out_ptr + token * dim + column, narrow(acc, out_ptr.dtype.element_ty), mask=column < dim)
 
 

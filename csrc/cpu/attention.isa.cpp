@@ -33,9 +33,10 @@ struct Buffers {
   float *scores, *o, *key_norms, *keep;
   Row* rows;
   int32_t* bad;
+  double* far;  // sums of values over many blocks of keys, where there are
   size_t bytes;
 
-  Buffers(char* base, int64_t rows_n, int64_t keys, int64_t words, int64_t padded) {
+  Buffers(char* base, int64_t rows_n, int64_t keys, int64_t words, int64_t padded, bool folds) {
     Arena a{base};
     constexpr int per = Dot::kPerWord;
     q = a.take<Word>(rows_n * words);
@@ -48,6 +49,7 @@ struct Buffers {
     keep = a.take<float>(keys + 4 * kLanes);
     rows = a.take<Row>(rows_n);
     bad = a.take<int32_t>(keys);
+    far = a.take<double>(folds ? rows_n * padded : 0);
     bytes = a.used;
   }
 };
@@ -102,8 +104,10 @@ class Attention {
     const int64_t split = unit % call_.splits, kv_head = unit / call_.splits % a_.kv_heads;
     const int64_t batch = unit / call_.splits / a_.kv_heads;
     const int64_t first = chunk * chunk_, n = smaller(chunk_, rows_ - first);
-    const size_t bytes = Buffers<Dot>(nullptr, n, keys_, words_, padded_).bytes;
-    const Buffers<Dot> b(static_cast<char*>(thread_scratch(bytes)), n, keys_, words_, padded_);
+    const bool folds = call_.splits == 1 && a_.k_len > kFoldedBlocks * keys_;
+    const size_t bytes = Buffers<Dot>(nullptr, n, keys_, words_, padded_, folds).bytes;
+    const Buffers<Dot> b(static_cast<char*>(thread_scratch(bytes)), n, keys_, words_, padded_,
+                         folds);
 
     const T* keys = head_of<const T>(a_.k, batch, kv_head);
     const T* values = head_of<const T>(a_.v, batch, kv_head);
@@ -154,6 +158,9 @@ class Attention {
                           a_.value_dim);
         run_block(b, i, smaller(kBlockRows, n - i), j, count, k, v, direct, bads);
       }
+      if (folds && (j / keys_ % kFoldedBlocks == kFoldedBlocks - 1 || j + keys_ >= hi)) {
+        fold_values(b, n, j + keys_ >= hi);
+      }
     }
     for (int64_t i = 0; i < n; ++i) {
       if (call_.splits == 1) {
@@ -164,6 +171,20 @@ class Attention {
         to[a_.value_dim] = b.rows[i].m;
         to[a_.value_dim + 1] = float(b.rows[i].l);
       }
+    }
+  }
+
+  // What the rows have summed since the last time goes to `far`; where `done`, all of it to o.
+  void fold_values(const Buffers<Dot>& b, int64_t n, bool done) const {
+    for (int64_t i = 0; i < n; ++i) {
+      Row& r = b.rows[i];
+      double* far = b.far + i * padded_;
+      float* o = b.o + i * padded_;
+      const float factor = r.far_m == -kInf ? 0.0f : exp2f(step(r, r.far_m, r.m));
+      for (int64_t d = 0; r.far_m != -kInf && d < padded_; ++d) far[d] *= factor;
+      fold(far, o, padded_, r.far_m == -kInf);
+      r.far_m = r.m;
+      for (int64_t d = 0; done && d < padded_; ++d) o[d] = float(far[d]);
     }
   }
 

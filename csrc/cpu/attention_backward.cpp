@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
   g.block_keys = block_keys(std::max(a.head_dim, a.value_dim));
   g.key_blocks = (a.k_len + g.block_keys - 1) / g.block_keys;
   g.query_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
-  Tensor stats, delta, q_sums, row_sums, column_sums, sink_rows, turns, mask_turns;
+  Tensor wide_mask, stats, delta, q_sums, row_sums, column_sums, sink_rows, turns, mask_turns;
   g.all_stats = other_bits(a);
   if (g.all_stats || any_far(a.lse, rows_all)) {
     g.stats = zeros<float>(stats, {rows_all * kRowStats}, ScalarType::Float);
@@ -191,7 +191,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
     g.query_turns = zeros<int32_t>(turns, {units * g.query_blocks}, ScalarType::Int);
   }
   if (wants(kQuery) && g.key_blocks > 1) {
-    q_sums = torch::stable::empty({rows_all * dim}, ScalarType::Float);
+    // In double from 64 blocks on, which kFoldedBlocks says.
+    q_sums =
+        torch::stable::empty({rows_all * dim * (g.key_blocks > 64 ? 2 : 1)}, ScalarType::Float);
     g.grad_q_sums = q_sums.mutable_data_ptr<float>();
   }
   std::optional<View> mask;
@@ -206,6 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
       g.mask_part = order->part.data(), g.mask_place = order->place.data();
       g.mask_shared = order->shared;
       if (order->shared) {
+        g.grad_mask.data = zeros<double>(wide_mask, {grad_mask.numel()}, ScalarType::Double);
         g.mask_turns = zeros<int32_t>(mask_turns, {order->parts * g.key_blocks * g.query_blocks},
                                       ScalarType::Int);
       }
@@ -216,12 +219,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
     }
   }
   if (a.similarity >= Similarity::euclidean || g.temperature || g.slopes || g.mask_rows) {
-    g.row_sums = zeros<float>(row_sums, {rows_all * kRowSums}, ScalarType::Float);
+    g.row_sums = zeros<double>(row_sums, {rows_all * kRowSums}, ScalarType::Double);
   }
   if (wants(kSinks)) g.grad_sink_rows = zeros<float>(sink_rows, {rows_all}, ScalarType::Float);
 
   attention_backward(g);
 
+  if (g.mask_shared) {
+    grad_mask =
+        torch::stable::view(torch::stable::to(wide_mask, ScalarType::Float), grad_mask.sizes());
+  }
   const auto row_sum = [&](RowSum which) {
     return [&, which](int64_t b, int64_t h, int64_t i) {
       const int64_t unit = b * a.kv_heads + h / group, row = i * group + h % group;

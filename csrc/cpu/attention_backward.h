@@ -19,20 +19,21 @@ struct AttentionBackwardArgs {
   Operand grad_out;
   const float* grad_lse;  // [batch][heads][q_len] or null
   Operand grad_q, grad_k, grad_v;
-  // Gradient of a mask that has rows and columns of its own: float32, zeros to start from. Where
-  // several units share an element, unit u (batch * kv_heads + key head) is the `mask_place[u]`th
-  // to add to the part of the mask that is numbered mask_part[u].
+  // Gradient of a mask that has rows and columns of its own: float32, zeros to start from; float64
+  // where several units share an element: unit u (batch * kv_heads + key head) is the
+  // `mask_place[u]`th to add to the part of the mask that is numbered mask_part[u].
   Operand grad_mask;
   const int32_t *mask_part, *mask_place;
   bool mask_shared;
   float* column_sums;     // [batch][heads][k_len]: gradients of scores summed over the rows; zeros
-  float* row_sums;        // [units][rows][kRowSums]: zeros, or null where none are wanted
+  double* row_sums;       // [units][rows][kRowSums]: zeros, or null where none are wanted
   float* grad_sink_rows;  // [batch][heads][q_len]: what each row adds to the gradient of its sink
   bool temperature, slopes, mask_rows;  // which row sums are wanted
   float* stats;        // [batch][heads][q_len][kRowStats]: zeros, or null where no row needs them
   bool all_stats;      // every row does
   float* delta;        // [batch][heads][q_len]: scratch; null where one block has all keys
-  float* grad_q_sums;  // [units][rows][head_dim, rounded up]: scratch, unless key_blocks is 1
+  float* grad_q_sums;  // [units][rows][head_dim, rounded up]: scratch, unless key_blocks is 1; of
+                       // double where there are more than 64
   int64_t query_blocks, key_blocks, block_keys;  // block_keys: a multiple of 64
   int32_t* query_turns;  // [units][query_blocks]: next key block to add to grad_q; zeros
   int32_t* mask_turns;   // [parts][key_blocks][query_blocks]: next place to add; zeros

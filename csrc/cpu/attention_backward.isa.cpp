@@ -27,6 +27,7 @@ class AttentionBackward : ScoreGradients<Dot> {
   using Base::a_, Base::g_, Base::group_, Base::rows_, Base::words_, Base::value_words_;
   using Base::cosine_, Base::distance_, Base::wants_scores_, Base::sums_rows_;
   using Base::dim_, Base::value_dim_, Base::q_row_, Base::grad_row_, Base::keys_, Base::ld_;
+  using Base::folds_, Base::wide_rows_;
   using Base::kPer, Base::take, Base::row_gradients;
   using Buffers = typename Base::Buffers;
   using Word = typename Dot::Word;
@@ -161,6 +162,12 @@ class AttentionBackward : ScoreGradients<Dot> {
     memset(b.grad_v, 0, count * value_dim_ * sizeof(float));
     memset(b.key_sums, 0, keys_ * sizeof(float));
     memset(b.column_sums, 0, group_ * keys_ * sizeof(float));
+    memset(b.far_key_sums, 0, keys_ * sizeof(double));
+    memset(b.far_column_sums, 0, group_ * keys_ * sizeof(double));
+    if (folds_) {
+      memset(b.far_k, 0, keys_ * dim_ * sizeof(double));
+      memset(b.far_v, 0, keys_ * value_dim_ * sizeof(double));
+    }
 
     for (int64_t i = 0; i < g_.query_blocks; ++i) {
       const int64_t first = i * kRows, n = smaller(kRows, rows_ - first);
@@ -185,6 +192,12 @@ class AttentionBackward : ScoreGradients<Dot> {
       }
       const bool alone = first_block == last_block;
       run_rows(b, unit, block, i, n, j, count, bads, k, alone);
+      if (g_.column_sums) fold(b.far_column_sums, b.column_sums, group_ * keys_, false);
+      if (distance_) fold(b.far_key_sums, b.key_sums, keys_, false);
+      if (folds_ && i % kFoldedBlocks == kFoldedBlocks - 1) {
+        fold(b.far_k, b.grad_k, count * dim_, false);
+        fold(b.far_v, b.grad_v, count * value_dim_, false);
+      }
       if (g_.grad_q.data || sums_rows_) {
         add_rows(b, unit, i, first, n, block, first_block, last_block);
       }
@@ -381,13 +394,19 @@ class AttentionBackward : ScoreGradients<Dot> {
     for (int64_t r = 0; r < n; ++r) {
       float* mine = b.grad_q + r * dim_;
       const int64_t at = unit * rows_ + first + r;
-      float* total = g_.grad_q_sums + at * dim_;
+      float* total = g_.grad_q_sums + at * dim_ * (wide_rows_ ? 2 : 1);
       float* sums = b.row_sums + r * kRowSums;
       for (int s = 0; sums_rows_ && s < kRowSums; ++s) {
-        sums[s] = g_.row_sums[at * kRowSums + s] += sums[s];
+        sums[s] = float(g_.row_sums[at * kRowSums + s] += sums[s]);
       }
       if (!g_.grad_q.data) continue;
-      if (block > first_block) {
+      if (wide_rows_) {
+        double* wide = reinterpret_cast<double*>(total);
+        for (int64_t d = 0; d < dim_; ++d) {
+          wide[d] = block > first_block ? wide[d] + mine[d] : mine[d];
+          mine[d] = float(wide[d]);
+        }
+      } else if (block > first_block) {
         for (int64_t d = 0; d < dim_; d += kLanes)
           store(mine + d, load(mine + d) + load(total + d));
       }
@@ -395,7 +414,7 @@ class AttentionBackward : ScoreGradients<Dot> {
         const Row& row = b.rows[r];
         finish(row_of<const T>(a_.q, row), mine, row.norm, sums[kSumWeights],
                row_of<T>(g_.grad_q, row));
-      } else {
+      } else if (!wide_rows_) {
         memcpy(total, mine, dim_ * sizeof(float));
       }
     }
@@ -404,6 +423,15 @@ class AttentionBackward : ScoreGradients<Dot> {
 
   void finish_keys(const Buffers& b, int64_t batch, int64_t kv_head, int64_t j, int64_t count,
                    const T* k) const {
+    if (folds_) {
+      for (int64_t i = 0; i < count * dim_; ++i) b.grad_k[i] = float(b.far_k[i] + b.grad_k[i]);
+      for (int64_t i = 0; i < count * value_dim_; ++i)
+        b.grad_v[i] = float(b.far_v[i] + b.grad_v[i]);
+    }
+    for (int64_t i = 0; distance_ && i < count; ++i) b.key_sums[i] = float(b.far_key_sums[i]);
+    for (int64_t i = 0; g_.column_sums && i < group_ * keys_; ++i) {
+      b.column_sums[i] = float(b.far_column_sums[i]);
+    }
     for (int64_t i = 0; i < count; ++i) {
       if (g_.grad_k.data) {
         finish(k + i * a_.k.row, b.grad_k + i * dim_, b.key_norms[i], b.key_sums[i],

@@ -38,6 +38,7 @@ class ScoreGradients {
   const bool dot_ = a_.similarity == Similarity::dot && !g_.temperature;
   const bool wants_scores_ = g_.grad_q.data || g_.grad_k.data || g_.grad_mask.data ||
                              g_.column_sums || g_.temperature || g_.slopes || g_.mask_rows;
+  const bool folds_ = g_.query_blocks > kFoldedBlocks, wide_rows_ = g_.key_blocks > kFoldedBlocks;
   const bool sums_rows_ = distance_ || g_.temperature || g_.slopes || g_.mask_rows;
   const Dropout dropout_{a_.dropout_p, a_.seed};
 
@@ -51,6 +52,7 @@ class ScoreGradients {
     Row* rows;
     float *lse, *delta, *stats, *row_sums;
     int32_t* bad;
+    double *far_k, *far_v, *far_key_sums, *far_column_sums;  // over many blocks of rows
     size_t bytes;
   };
 
@@ -92,6 +94,10 @@ class ScoreGradients {
     b.stats = a.take<float>(kRows * kRowStats);
     b.row_sums = a.take<float>(kRows * kRowSums);
     b.bad = a.take<int32_t>(keys_);
+    b.far_k = a.take<double>(folds_ ? keys_ * dim_ : 0);
+    b.far_v = a.take<double>(folds_ ? keys_ * value_dim_ : 0);
+    b.far_key_sums = a.take<double>(keys_);
+    b.far_column_sums = a.take<double>(group_ * keys_);
     b.bytes = a.used;
     return b;
   }
@@ -168,11 +174,15 @@ class ScoreGradients {
     const Row& row = b.rows[r];
     float* sums = b.row_sums + r * kRowSums;
     if (g_.grad_mask.data) {
-      float* to = static_cast<float*>(g_.grad_mask.data) + g_.grad_mask.batch[row.batch] +
-                  row.head * g_.grad_mask.head + row.index * g_.grad_mask.row + j;
-      for (int64_t i = lo; i < end; i += kLanes) {
-        const int n = int(smaller(kLanes, a_.k_len - j - i));
-        store_n(to + i, load_n(to + i, n) + load(scores + i), n);
+      const int64_t at = g_.grad_mask.batch[row.batch] + row.head * g_.grad_mask.head +
+                         row.index * g_.grad_mask.row + j;
+      const int64_t last = smaller(end, a_.k_len - j);
+      if (g_.mask_shared) {
+        double* to = static_cast<double*>(g_.grad_mask.data) + at;
+        for (int64_t i = lo; i < last; ++i) to[i] += scores[i];
+      } else {
+        float* to = static_cast<float*>(g_.grad_mask.data) + at;
+        for (int64_t i = lo; i < last; ++i) to[i] += scores[i];
       }
     }
     if (g_.column_sums) {

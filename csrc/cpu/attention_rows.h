@@ -43,6 +43,7 @@ struct Row {
   int64_t mask;      // first element of its row of the mask
   float m;           // running maximum, of scores as they are kept
   double l;          // running sum
+  float far_m;       // the maximum that `far` sums of values are relative to
 };
 
 template <class T>
@@ -72,6 +73,15 @@ float reciprocal_norm(const T* x, int64_t n) {
   }
   const float norm = sqrtf(square);
   return norm < 1e-12f / top ? 1e12f : 1.0f / norm / top;
+}
+
+// Sums over blocks are float32 for so many blocks; what these add up to is double.
+constexpr int64_t kFoldedBlocks = 64;
+
+// far += near, which starts again; `first`: far holds nothing yet.
+inline void fold(double* far, float* near, int64_t n, bool first) {
+  for (int64_t i = 0; i < n; ++i) far[i] = first ? near[i] : far[i] + near[i];
+  memset(near, 0, n * sizeof(float));
 }
 
 // The elements of a row of `o`, which has the query's batch, heads and rows.
@@ -119,7 +129,7 @@ Row make_row(const AttentionArgs& a, int64_t batch, int64_t kv_head, int64_t fla
   r.mask = a.mask_kind == MaskKind::none
                ? 0
                : a.mask.batch[batch] + r.head * a.mask.head + r.index * a.mask.row;
-  r.m = -kInf;
+  r.m = r.far_m = -kInf;
   r.l = 0.0;
   return r;
 }
