@@ -118,6 +118,7 @@ def checked_mask(mask: Tensor | None, query: Tensor, key: Tensor, rank: int, ena
 
 
 def _same_device(name: str, t: Tensor, query: Tensor) -> None:
+    check_dense(name, t)
     if t.device != query.device:
         raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
 

@@ -26,16 +26,17 @@ class Late:
 def _save(ctx: Any, op: Any, args: Values, outputs: Values) -> None:
     kept: Values = args
     saved: Values = ()
-    ctx.late = ()
+    ctx.late = ctx.lost = ()
     if op.backward is not None:
         kept, saved = op.save(args, outputs, ctx.needs_input_grad[-len(args) :])
         ctx.set_materialize_grads(False)
         if any(isinstance(t, Late) for t in kept):
-            # A compiled graph has no second derivatives.
-            compiling = torch.compiler.is_compiling()
-            late = [i for i, t in enumerate(kept) if isinstance(t, Late)]
-            kept = [(None if compiling else t.tensor) if isinstance(t, Late) else t for t in kept]
-            ctx.late = tuple(i for i in late if kept[i] is not None)
+            late = [i for i, t in enumerate(kept) if isinstance(t, Late) and t.tensor is not None]
+            # A compiled graph has no second derivatives, and torch saves no tensor of inference mode.
+            lost = [i for i in late if torch.compiler.is_compiling() or kept[i].tensor.is_inference()]
+            kept = [t.tensor if isinstance(t, Late) and i not in lost else t for i, t in enumerate(kept)]
+            kept = [None if isinstance(t, Late) else t for t in kept]
+            ctx.late, ctx.lost = tuple(i for i in late if i not in lost), tuple(lost)
     ctx.op = op
     ctx.rest = list(kept)
     # save may have put a size where a tensor was
@@ -50,6 +51,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool])
     op, args = ctx.op, list(ctx.rest)
     if op.backward is not None and all(grad is None for grad in grads):
         return (None,) * len(args)
+    if ctx.lost and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        names = ", ".join(op.names[i] for i in ctx.lost)
+        raise RuntimeError(f"{names}: made in inference mode, so not saved for second derivatives")
     if ctx.late and not torch.is_grad_enabled():
         # Unpacking one that was written into since would raise, as it should where it is read.
         raw = ctx._raw_saved_tensors
@@ -81,7 +85,7 @@ class Differentiable(torch.autograd.Function):
 
 
 class DifferentiableWhenRun(torch.autograd.Function):
-    """Forward by the overload `called`, below autograd, which chooses when it runs; all of the op's outputs."""
+    """Forward by the op's twin, below autograd, which chooses when it runs; all of the op's outputs."""
 
     @staticmethod
     def forward(ctx: Any, op: Any, keys: Any, *args: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._attention_arguments import (
@@ -198,6 +199,13 @@ def scaled_dot_product_attention(
         >>> mmkern.scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
+    if has_torch_function_variadic(query, key, value, attn_mask):
+        return handle_torch_function(
+            scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value, attn_mask, dropout_p,
+            is_causal, scale, enable_gqa, similarity=similarity, temperature=temperature, window=window,
+            softcap=softcap, alibi_slopes=alibi_slopes, key_lengths=key_lengths, sinks=sinks,
+            causal_alignment=causal_alignment, return_lse=return_lse,
+        )  # fmt: skip
     if (
         torch._C._is_any_autocast_enabled()
         and isinstance(query, Tensor)

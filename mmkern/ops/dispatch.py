@@ -107,9 +107,9 @@ class Op:
         hidden: for an op of which only the first output is the caller's, the others being for backward, which cannot be
             differentiated through them: what backward will want, told from the arguments. It is the last of them.
 
-    Each op has an overload `called`, which chooses its backend when it runs and has gradients of its own. It stands for
-    the call where calls are recorded and run later: torch.jit.trace, torch.export, and torch.compile within `explain`
-    and `backend`.
+    Each op has a twin, `softmax_fwd_called` of `softmax_fwd`, which chooses its backend when it runs and has gradients
+    of its own. It stands for the call where calls are recorded and run later: torch.jit.trace, torch.export, and
+    torch.compile within `explain` and `backend`. (Not an overload: torch.jit forgets which one it recorded.)
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Op:
         self.backward = backward
         self.save = save
         self.hidden = hidden
-        called = f"{self.name}.called"
+        called = f"{self.name}_called"
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.define(schema.replace(self.name, called, 1), tags=torch.Tag.pt2_compliant_tag)
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
@@ -137,17 +137,17 @@ class Op:
         _library.impl(called, self._run_differentiable, "Autograd", with_keyset=True)
         for overload in (self.name, called):
             torch.library.register_fake(f"mmkern::{overload}", fake, lib=_library)
-        for key in (*_LAYOUT_KEYS, "MkldnnCPU"):
+        for key in (*_LAYOUT_KEYS, "MkldnnCPU", "AutogradNestedTensor"):
             _library.impl(self.name, self._check_layouts, key)
         self.triton = triton
         if triton:
             _library.impl(self.name, self._on_cuda, "CUDA")
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
-        self.called = getattr(torch.ops.mmkern, self.name).called
+        self.called = getattr(torch.ops.mmkern, called).default
         # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
         arguments = self._dispatch._schema.arguments
         self._tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
-        self._names = [_PUBLIC.get(a.name, a.name) for a in arguments]
+        self.names = [_PUBLIC.get(a.name, a.name) for a in arguments]
         self._cpu_refuses = kernels.get("cpu") if _C else None
 
     def __call__(self, *args: Any) -> Any:
@@ -194,7 +194,7 @@ class Op:
     def _check_layouts(self, *args: Any) -> None:
         for i in self._tensors:
             if args[i] is not None:
-                check_dense(self._names[i], args[i])
+                check_dense(self.names[i], args[i])
 
     def direct(self, *args: Any) -> Any:
         """The kernel of the tensors' device, all of its outputs, no autograd: for ops made of others."""
@@ -294,7 +294,9 @@ def check_dense(name: str, t: Tensor) -> None:
 
 def by_value(*tensors: Tensor) -> bool:
     """Whether these can be read and written as what they are: nothing is traced, faked, batched or spread."""
-    return not _transformed() and not torch.compiler.is_compiling() and all(type(t) in _PLAIN for t in tensors)
+    if _transformed() or torch.compiler.is_compiling():
+        return False
+    return all(type(t) in _PLAIN and not torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 @contextmanager

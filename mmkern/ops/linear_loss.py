@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._autograd import Late
@@ -211,6 +212,12 @@ def linear_cross_entropy(
         >>> mmkern.linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, 3]))
         tensor(1.3863)
     """
+    if has_torch_function_variadic(hidden, weight, target, bias, class_weight):
+        return handle_torch_function(
+            linear_cross_entropy, (hidden, weight, target, bias, class_weight), hidden, weight, target, bias,
+            class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, chunk_size=chunk_size,
+        )  # fmt: skip
     _check(hidden, weight, target, bias)
     if class_weight is not None:
         _check_weight("class_weight", class_weight, hidden, len(weight))

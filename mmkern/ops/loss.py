@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._autograd import Late
@@ -93,7 +94,7 @@ def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[boo
     if wanted[2]:
         found = formula_gradients(reference.cross_entropy_loss, [grad_loss], plain, [i == 2 for i in range(len(args))])
     if grad_loss.dim() and (target := args[1]) is not None and not target.is_floating_point():
-        grad_loss = torch.where(target == args[3], 0.0, grad_loss)  # 0 * inf is not 0
+        grad_loss = grad_loss.masked_fill(target == args[3], 0.0)  # 0 * inf is not 0
     for i, gradient in enumerate(saved):
         if wanted[i]:
             found[i] = _scaled(gradient, grad_loss, unit)
@@ -171,6 +172,9 @@ def cross_entropy(
         >>> mmkern.cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor(1.3863)
     """
+    if has_torch_function_variadic(input, target, weight):
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return handle_torch_function(cross_entropy, (input, target, weight), input, target, weight, **options)
     _check_logits(input, "input")
     ignore_index, label_smoothing = _checked_options(ignore_index, reduction, label_smoothing)
     target = _check_target(target, input, ignore_index)
@@ -236,6 +240,7 @@ def _check_weight(name: str, weight: Any, input: Tensor, classes: int) -> None:
         raise TypeError(f"{name}: expected a floating-point Tensor, got {kind}")
     if weight.shape != (classes,):
         raise ValueError(f"{name}: expected shape ({classes},), one for each class, got {tuple(weight.shape)}")
+    check_dense(name, weight)
     if weight.device != input.device:
         raise ValueError(f"{name}: on device {weight.device} where input is on {input.device}")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._numbers import integer, number, probability
@@ -154,6 +155,9 @@ def add_positional_encoding(
         tensor([[[0.0000, 1.0000, 0.0000, 1.0000],
                  [0.8415, 0.5403, 0.0100, 0.9999]]])
     """
+    if has_torch_function_variadic(x, encoding, offset):
+        options = {"offset": offset, "scale": scale, "dropout_p": dropout_p}
+        return handle_torch_function(add_positional_encoding, (x, encoding, offset), x, encoding, **options)
     if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
         raise TypeError(f"x: expected a floating-point tensor, got {_kind(x)}")
     check_dense("x", x)
@@ -198,6 +202,10 @@ def embed_tokens(
         tensor([[0., 3.],
                 [3., 0.]])
     """
+    if has_torch_function_variadic(tokens, weight, encoding, offset):
+        options = {"offset": offset, "scale": scale, "dropout_p": dropout_p, "padding_idx": padding_idx}
+        given = tokens, weight, encoding, offset
+        return handle_torch_function(embed_tokens, given, tokens, weight, encoding, **options)
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens: expected an int64 or int32 tensor, got {_kind(tokens)}")
     if not isinstance(weight, Tensor) or weight.dtype not in _FLOATING:

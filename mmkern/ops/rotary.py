@@ -7,6 +7,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._numbers import integer, number
@@ -119,6 +120,9 @@ def rotary(
         tensor([[1.0000, 0.0000],
                 [0.5403, 0.8415]])
     """
+    if has_torch_function_variadic(q, k, positions):
+        options = {"base": base, "layout": layout, "rotary_dim": rotary_dim, "grid": grid}
+        return handle_torch_function(rotary, (q, k, positions), q, k, positions, **options)
     if not isinstance(q, Tensor) or q.dtype not in _FLOATING:
         raise TypeError(f"q: expected a floating-point tensor, got {_kind(q)}")
     check_dense("q", q)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._numbers import integer, number, probability
-from mmkern.ops.dispatch import Op, Refusal, Values, autocast_dtype
+from mmkern.ops.dispatch import Op, Refusal, Values, autocast_dtype, check_dense
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -158,6 +159,8 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: T
         >>> mmkern.softmax(torch.zeros(2, 4), dim=-1)[0]
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(softmax, (input,), input, dim, dtype, out=out)
     return _run(_softmax, _softmax_out, input, dim, dtype, out)
 
 
@@ -169,6 +172,8 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, ou
         >>> mmkern.log_softmax(torch.zeros(4), dim=0)
         tensor([-1.3863, -1.3863, -1.3863, -1.3863])
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(log_softmax, (input,), input, dim, dtype, out=out)
     return _run(_log_softmax, _log_softmax_out, input, dim, dtype, out)
 
 
@@ -206,7 +211,11 @@ def masked_softmax(
         >>> mmkern.masked_softmax(torch.zeros(3), torch.tensor([True, True, False]))
         tensor([0.5000, 0.5000, 0.0000])
     """
+    if has_torch_function_variadic(x, mask, bias):
+        options = {"scale": scale, "bias": bias, "dim": dim, "dropout_p": dropout_p}
+        return handle_torch_function(masked_softmax, (x, mask, bias), x, mask, **options)
     dim = _check(x, dim, "x")
+    check_dense("x", x)
     if mask is not None:
         mask = _checked_term("mask", mask, x, (torch.bool, torch.float32, x.dtype))
     if bias is not None:
@@ -270,6 +279,8 @@ def _check(x: Tensor, dim: int, name: str) -> int:
 
 def _checked_term(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     """`t`, after it is found to have one of `dtypes`, x's device, and a shape that broadcasts to x's."""
+    if isinstance(t, Tensor):
+        check_dense(name, t)
     if isinstance(t, Tensor) and t.dtype in _HALVES and t.dtype not in dtypes and autocast_dtype(x) is not None:
         t = t.float()  # autocast mixes the 16-bit dtypes; float32 holds either
     if not isinstance(t, Tensor) or t.dtype not in dtypes:
