@@ -10,7 +10,7 @@ from torch import Tensor
 import mmkern
 from mmkern.testing import randn
 
-B, H, L, S, D, V = 2, 2, 3, 5, 4, 6
+B, H, L, S, D, V = 2, 4, 3, 5, 4, 6
 TOKENS = torch.tensor([[0, 2, 1], [4, 2, 5]])
 TARGET = torch.tensor([1, 4, 0])
 
@@ -29,6 +29,19 @@ class OpCall:
     numbers: dict[str, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     constant: tuple[str, ...] = ()
+    batched: tuple[str, ...] = (
+        "query",
+        "key",
+        "value",
+        "key_lengths",
+        "input",
+        "x",
+        "target",
+        "hidden",
+        "tokens",
+        "q",
+        "k",
+    )
 
     def __str__(self) -> str:
         return self.name
@@ -40,6 +53,14 @@ class OpCall:
     def copies(self, requires_grad: bool = False) -> dict[str, Tensor]:
         """Fresh tensors, whose memory a test may write into."""
         return {n: t.clone().requires_grad_(requires_grad and n in self.leaves) for n, t in self.tensors.items()}
+
+    def larger(self, requires_grad: bool = False) -> dict[str, Tensor]:
+        """Tensors with twice as many batch entries."""
+        more = {n: torch.cat([t, t * (t < 3)]) if self.is_batched(n) else t.clone() for n, t in self.tensors.items()}
+        return {n: t.requires_grad_(requires_grad and n in self.leaves) for n, t in more.items()}
+
+    def is_batched(self, name: str) -> bool:
+        return name in self.batched or (name in ("offset", "positions") and self.tensors[name].shape[0] == B)
 
     def run(self, tensors: dict[str, Tensor] | None = None, **more: Any) -> tuple[Tensor, ...]:
         """The results, as a tuple."""
@@ -70,7 +91,7 @@ CALLS = [
             "value": VALUE,
             "attn_mask": randn(L, S, seed=7),
             "temperature": randn(H, seed=8).abs(),
-            "alibi_slopes": torch.tensor([0.5, 0.25]),
+            "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625]),
             "key_lengths": torch.tensor([5, 4]),
             "sinks": randn(H, seed=9),
         },

@@ -1,15 +1,20 @@
 """torch's tools around every op, over one table of calls: meta and fake tensors, traces, vmap, edits in place."""
 
+import subprocess
+import sys
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from op_calls import CALLS, OpCall, gradients
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import mmkern
 from mmkern.testing import randn
 
 EVERY = pytest.mark.parametrize("call", CALLS, ids=str)
@@ -227,3 +232,109 @@ def test_other_layouts_are_refused_by_name(call, layout, dtype):
             other = LAYOUTS[layout](t)
         with pytest.raises((TypeError, ValueError), match=rf"^{name}: "):
             call.run({**wide, name: other})
+
+
+def test_flops_are_counted_as_torch_counts_its_own():
+    """Forward, and with backward; grouped heads, a value dim of its own; the mode made before the first call."""
+    q, k, v = (randn(2, h, n, d).requires_grad_() for h, n, d in ((4, 3, 8), (4, 5, 8), (4, 5, 6)))
+    hidden, weight = randn(7, 4).requires_grad_(), randn(9, 4).requires_grad_()
+    target = torch.arange(7)
+    for call, forward, both in (
+        (lambda: mmkern.scaled_dot_product_attention(q, k, v), 2 * 8 * 15 * 14, 2 * 8 * 15 * (14 + 3 * 8 + 2 * 6)),
+        (lambda: mmkern.linear_cross_entropy(hidden, weight, target), 2 * 7 * 4 * 9, 3 * 2 * 7 * 4 * 9),
+        (lambda: mmkern.linear_cross_entropy(hidden, weight, target, reduction="none"), 504, 504 + 3 * 504),
+    ):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        assert counter.get_total_flops() == forward
+        with FlopCounterMode(display=False) as counter:
+            call().sum().backward()
+        assert counter.get_total_flops() == both
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(F.linear(hidden, weight), target).backward()
+    assert counter.get_total_flops() == 3 * 2 * 7 * 4 * 9
+    args = (2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6)
+    assert sdpa_flop_count(*args) == 2 * 8 * 15 * 14
+    assert sdpa_backward_flop_count((2, 4, 3, 6), *args) == 2 * 8 * 15 * (3 * 8 + 2 * 6)
+
+
+def test_flop_formulas_reach_a_mode_made_before_the_first_call(tmp_path):
+    script = """
+import sys, mmkern, torch
+assert "torch.utils.flop_counter" not in sys.modules and "torch.distributed.tensor" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+q = torch.zeros(1, 1, 2, 4)
+with FlopCounterMode(display=False) as counter:
+    mmkern.scaled_dot_product_attention(q, q, q)
+assert counter.get_total_flops() == 2 * 2 * 4 * 2 * 2, counter.get_total_flops()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, timeout=240)
+
+
+@pytest.mark.parametrize("call", [c for c in CALLS if c.name in ("softmax", "log_softmax")], ids=str)
+def test_lazily_negated_views_are_read_and_written(call):
+    x = torch.complex(randn(3, 4), randn(3, 4, seed=1)).conj().imag
+    assert x.is_neg()
+    right = call.fn(x.resolve_neg(), 1)
+    assert torch.equal(call.fn(x, 1), right)
+    for fill in (x, randn(3, 4)):
+        base = torch.zeros(3, 4, dtype=torch.complex64)
+        out = base.conj().imag
+        assert out.is_neg()
+        assert call.fn(fill, 1, out=out) is out
+        assert torch.equal(out.resolve_neg(), call.fn(fill, 1))
+        assert torch.equal(base.imag, -call.fn(fill, 1))
+
+
+def test_negated_views_reach_every_op():
+    for call in CALLS:
+        tensors = call.copies(requires_grad=True)
+        negated = dict(tensors)
+        for name in call.leaves:
+            plain = tensors[name].detach()
+            negated[name] = torch.complex(plain, -plain).conj().imag.requires_grad_()
+            assert negated[name].is_neg()
+        out = call.run(negated)
+        close((*out, *gradients(call, negated, out)), sum(expected(call), ()))
+
+
+def test_masks_of_the_other_16_bit_dtype_under_autocast():
+    for dtype, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        q, mask = randn(1, 2, 4, 8, dtype=dtype), randn(4, 4, dtype=other)
+        with torch.autocast("cpu", dtype=dtype):
+            found = mmkern.scaled_dot_product_attention(q, q, q, mask)
+            weights = mmkern.masked_softmax(q[..., :4], mask, bias=mask)
+        assert torch.equal(found, mmkern.scaled_dot_product_attention(q, q, q, mask.float()))
+        assert torch.equal(weights, mmkern.masked_softmax(q[..., :4], mask.float(), bias=mask.float()))
+        with pytest.raises(TypeError, match="mask"):
+            mmkern.masked_softmax(q[..., :4], mask)
+
+
+def test_positions_and_offsets_of_other_shapes_and_integers():
+    q, ids = randn(2, 4, 3, 8), torch.tensor([[5, 1, 2]])
+    for positions in (ids, ids.int(), ids[0].int(), ids.expand(2, 3).int()):
+        assert torch.equal(mmkern.rotary(q, q, positions)[1], mmkern.rotary(q, None, ids[0]))
+    x, table = randn(2, 3, 4), randn(9, 4)
+    for encoding in ("sinusoidal", table):
+        right = mmkern.add_positional_encoding(x, encoding, offset=2)
+        for offset in (torch.tensor(2), torch.tensor([2]), torch.tensor([2, 2], dtype=torch.int32)):
+            assert torch.equal(mmkern.add_positional_encoding(x, encoding, offset=offset), right)
+        assert torch.equal(mmkern.add_positional_encoding(x[0], encoding, offset=torch.tensor(2)), right[0])
+
+
+def test_function_modes_and_subclasses_see_the_call():
+    class Seeing(torch.Tensor):
+        seen: ClassVar[list[Any]] = []
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    for call in CALLS:
+        tensors = {n: t.as_subclass(Seeing) for n, t in call.copies().items()}
+        Seeing.seen.clear()
+        out = call.run(tensors)
+        assert Seeing.seen[0] is call.fn
+        assert all(type(t) is Seeing for t in out)
+        close([t.as_subclass(torch.Tensor) for t in out], list(call.run()))

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from mmkern.ops._autograd import Differentiable, DifferentiableWhenRun, Values
+from mmkern.ops._flops import enter_flop_formulas
 
 _C: ModuleType | None
 try:
@@ -213,6 +214,8 @@ class Op:
         return launcher(*args)
 
     def _choose(self, args: Values) -> Callable[..., Any]:
+        if _python_dispatch._is_in_torch_dispatch_mode and not torch.compiler.is_compiling():
+            enter_flop_formulas()
         devices = {args[i].device.type for i in self._tensors if args[i] is not None}
         reasons: dict[str, str] = {}
         for name in BACKENDS[:-1]:

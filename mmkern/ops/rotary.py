@@ -147,7 +147,8 @@ def rotary(
         positions = positions.long()
         if positions.dim() == 2 and positions.shape[0] == 1:  # one row for all
             positions = positions[0]
-        if positions.shape != (length,) and (q.dim() < 3 or positions.shape != (q.shape[0], length)):
+        expected = (length,) if positions.dim() == 1 or q.dim() < 3 else (shape[0], length)
+        if positions.dim() != len(expected) or positions.shape != expected:
             raise ValueError(
                 f"positions: expected (length,) or (batch, length), got {tuple(positions.shape)} for q {tuple(q.shape)}"
             )

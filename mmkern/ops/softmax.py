@@ -239,8 +239,8 @@ def _run(op: Op, op_out: Op, input: Tensor, dim: int, dtype: torch.dtype | None,
     dim = _check(input, dim, "input")
     if out is not None:
         _check_out(out, input)
-        if input.dim() == 0:
-            out.copy_(_run(op, op_out, input, 0, None, None))
+        if input.dim() == 0 or out.is_neg():  # a negated view's memory is not what it says
+            out.copy_(_run(op, op_out, input, dim, None, None))
         else:
             op_out(input, dim, out)
         return out
@@ -288,9 +288,9 @@ def _checked_term(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...])
         raise TypeError(f"{name}: expected a Tensor of {', '.join(map(str, dict.fromkeys(dtypes)))}, got {kind}")
     if t.device != x.device:
         raise ValueError(f"{name}: on device {t.device} where x is on {x.device}")
-    if t.shape == x.shape:
-        return t
     missing = x.dim() - t.dim()
+    if missing == 0 and t.shape == x.shape:  # of other ranks, torch.export would compare the first dims, and fix them
+        return t
     if missing < 0 or any(n not in (1, m) for n, m in zip(t.shape, x.shape[missing:], strict=True)):
         raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}")
     return t
