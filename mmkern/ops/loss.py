@@ -173,7 +173,11 @@ def cross_entropy(
         tensor(1.3863)
     """
     if has_torch_function_variadic(input, target, weight):
-        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
         return handle_torch_function(cross_entropy, (input, target, weight), input, target, weight, **options)
     _check_logits(input, "input")
     ignore_index, label_smoothing = _checked_options(ignore_index, reduction, label_smoothing)

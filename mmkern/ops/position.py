@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def add_positional_encoding(
                  [0.8415, 0.5403, 0.0100, 0.9999]]])
     """
     if has_torch_function_variadic(x, encoding, offset):
-        options = {"offset": offset, "scale": scale, "dropout_p": dropout_p}
+        options: dict[str, Any] = {"offset": offset, "scale": scale, "dropout_p": dropout_p}
         return handle_torch_function(add_positional_encoding, (x, encoding, offset), x, encoding, **options)
     if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
         raise TypeError(f"x: expected a floating-point tensor, got {_kind(x)}")
@@ -203,7 +204,7 @@ def embed_tokens(
                 [3., 0.]])
     """
     if has_torch_function_variadic(tokens, weight, encoding, offset):
-        options = {"offset": offset, "scale": scale, "dropout_p": dropout_p, "padding_idx": padding_idx}
+        options: dict[str, Any] = {"offset": offset, "scale": scale, "dropout_p": dropout_p, "padding_idx": padding_idx}
         given = tokens, weight, encoding, offset
         return handle_torch_function(embed_tokens, given, tokens, weight, encoding, **options)
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -121,8 +121,8 @@ def rotary(
                 [0.5403, 0.8415]])
     """
     if has_torch_function_variadic(q, k, positions):
-        options = {"base": base, "layout": layout, "rotary_dim": rotary_dim, "grid": grid}
-        return handle_torch_function(rotary, (q, k, positions), q, k, positions, **options)
+        options: dict[str, Any] = {"base": base, "layout": layout, "rotary_dim": rotary_dim, "grid": grid}
+        return handle_torch_function(rotary, (q, k, positions), q, k, positions, **options)  # type: ignore[arg-type]
     if not isinstance(q, Tensor) or q.dtype not in _FLOATING:
         raise TypeError(f"q: expected a floating-point tensor, got {_kind(q)}")
     check_dense("q", q)

@@ -212,7 +212,7 @@ def masked_softmax(
         tensor([0.5000, 0.5000, 0.0000])
     """
     if has_torch_function_variadic(x, mask, bias):
-        options = {"scale": scale, "bias": bias, "dim": dim, "dropout_p": dropout_p}
+        options: dict[str, Any] = {"scale": scale, "bias": bias, "dim": dim, "dropout_p": dropout_p}
         return handle_torch_function(masked_softmax, (x, mask, bias), x, mask, **options)
     dim = _check(x, dim, "x")
     check_dense("x", x)
