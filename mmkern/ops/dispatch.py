@@ -6,6 +6,7 @@ take this call at all; if not, the reference formula runs, and `explain` says wh
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,6 +217,8 @@ class Op:
     def _choose(self, args: Values) -> Callable[..., Any]:
         if _python_dispatch._is_in_torch_dispatch_mode and not torch.compiler.is_compiling():
             enter_flop_formulas()
+        if not torch.compiler.is_compiling():
+            self._spread(args)
         devices = {args[i].device.type for i in self._tensors if args[i] is not None}
         reasons: dict[str, str] = {}
         for name in BACKENDS[:-1]:
@@ -235,6 +238,15 @@ class Op:
         if ran == "reference":
             return self.reference
         return self._launch if _state.interpreting else self._dispatch
+
+    def _spread(self, args: Values) -> None:
+        """Let DTensor know how to split this op, if there is one among the arguments."""
+        distributed = sys.modules.get("torch.distributed.tensor")
+        if distributed is None or not any(isinstance(args[i], distributed.DTensor) for i in self._tensors):
+            return
+        import_module("mmkern.ops._sharding").register()
+        if "dropout_seed" in self.names and args[self.names.index("dropout_seed")] is not None:
+            raise ValueError("dropout_p: not with a DTensor, of which each part would drop the same elements")
 
     def _refusal(self, name: str, devices: set[str], args: Sequence[Any]) -> str | None:
         if name not in self.kernels:
