@@ -23,14 +23,14 @@ class Late:
         self.tensor = tensor
 
 
-def _save(ctx: Any, op: Any, args: Values, outputs: Values) -> None:
+def _save(ctx: Any, op: Any, args: Values, outputs: Values, wanted: Sequence[bool]) -> None:
     kept: Values = args
     saved: Values = ()
     ctx.late = ctx.lost = ()
     if op.backward is not None:
-        kept, saved = op.save(args, outputs, ctx.needs_input_grad[-len(args) :])
+        kept, saved = op.save(args, outputs, wanted)
         ctx.set_materialize_grads(False)
-        if any(isinstance(t, Late) for t in kept):
+        if op.hidden is not None:  # its gradients are here already: the formula's arguments may be late
             late = [i for i, t in enumerate(kept) if isinstance(t, Late) and t.tensor is not None]
             # A compiled graph has no second derivatives, and torch saves no tensor of inference mode.
             lost = [i for i in late if torch.compiler.is_compiling() or kept[i].tensor.is_inference()]
@@ -76,7 +76,7 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Any, *args: Any) -> Any:
         output = op.direct(*args)
-        _save(ctx, op, args, output if isinstance(output, tuple) else (output,))
+        _save(ctx, op, args, output if isinstance(output, tuple) else (output,), ctx.needs_input_grad[1:])
         return output[0] if op.hidden is not None else output
 
     @staticmethod
@@ -93,7 +93,7 @@ class DifferentiableWhenRun(torch.autograd.Function):
         outputs = output if isinstance(output, tuple) else (output,)
         if op.hidden is not None:
             ctx.mark_non_differentiable(*outputs[1:])
-        _save(ctx, op, args, outputs)
+        _save(ctx, op, args, outputs, ctx.needs_input_grad[2:])
         return output
 
     @staticmethod

@@ -39,7 +39,7 @@ def _masked_softmax(x: Any, mask: Any, scale: Any, bias: Any, dim: int, *rest: A
 
 def _masked_softmax_backward(grad: Any, output: Any, x: Any, mask: Any, *rest: Any) -> list[Axis]:
     *options, wanted = rest
-    axes = []
+    axes: list[Axis] = []
     for _, (i, of_mask, _, of_bias, *none) in _masked_softmax(grad, mask, *options):
         outs = [at if wanted >> bit & 1 else -1 for bit, at in enumerate((i, of_mask, of_bias))]
         axes.append((outs, [i, i, i, of_mask, None, of_bias, *none, None]))
@@ -106,7 +106,7 @@ def _attention(*args: Any) -> list[Axis]:
     dims = {-4: rank - 4}
     if _shape(query)[-3] == _shape(key)[-3] or _shape(key)[-3] % query.mesh.size() == 0:
         dims[-3] = rank - 3
-    axes = []
+    axes: list[Axis] = []
     for dim, at in dims.items():
         given: list[int | None] = [at, at, at, None if args[3] is None else _own(args[3], dim), *[None] * 13]
         slopes, lengths = args[12], args[13]
@@ -125,7 +125,7 @@ def _attention(*args: Any) -> list[Axis]:
 
 
 def _attention_backward(*args: Any) -> list[Axis]:
-    axes = []
+    axes: list[Axis] = []
     for outs, given in _attention(*args[4:-1]):
         at = outs[0]
         grads = [given[i] if args[-1] >> bit & 1 else -1 for bit, i in enumerate((0, 1, 2, 3, 8, 12, 14))]

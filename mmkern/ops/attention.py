@@ -223,7 +223,7 @@ def scaled_dot_product_attention(
     rank = 4
     if not alike(query, key, value):
         rank, query, key, value = align(query, key, value, enable_gqa)
-    if type(dropout_p) is not float or dropout_p != 0.0:
+    if dropout_p != 0.0:
         dropout_p = probability("dropout_p", dropout_p)
     kind = 0
     if similarity != "dot":

@@ -244,7 +244,7 @@ def _run(op: Op, op_out: Op, input: Tensor, dim: int, dtype: torch.dtype | None,
         else:
             op_out(input, dim, out)
         return out
-    return op(input, dim) if input.dim() else op(input[None], 0)[0]
+    return op(input, dim) if dim or input.dim() else op(input[None], 0)[0]
 
 
 def _check_out(out: Any, input: Tensor) -> None:
