@@ -1,5 +1,6 @@
 """torch's tools around every op, over one table of calls: meta and fake tensors, traces, vmap, edits in place."""
 
+import io
 import subprocess
 import sys
 import warnings
@@ -160,9 +161,12 @@ def test_jit_trace_with_trainable_parameters(call):
     before = module(*rest)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that jit is deprecated and that shapes are taken for constants
-        traced = torch.jit.trace(module, rest, check_trace=False)
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(module, rest, check_trace=False), file)
+        file.seek(0)
+        traced = torch.jit.load(file)
         with torch.no_grad():
-            for p in module.parameters():
+            for p in (*module.parameters(), *traced.parameters()):
                 p.mul_(1.25)  # the trace holds the parameters, not their values
         close(module_gradients(traced, rest), module_gradients(module, rest))
     assert not torch.equal(before[0], traced(*rest)[0])
