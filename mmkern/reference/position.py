@@ -132,7 +132,7 @@ def embedding_gradient(
 
 
 def _check_range(index: Tensor, end: int, message: str) -> None:
-    if torch.compiler.is_compiling() or index.numel() == 0:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or index.numel() == 0:
         return
     low, high = index.aminmax()
     if low < 0 or high >= end:
