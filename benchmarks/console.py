@@ -14,21 +14,22 @@ from rich.table import Table as RichTable
 from mmkern.benchmarks import report, tables
 from mmkern.benchmarks.records import Result
 from mmkern.benchmarks.trace import Report
+from mmkern.training.console import plain
 
 PIPE_WIDTH = 170  # no terminal: wide enough for every column
 BAD = ("WRONG", "ERROR", "REFUSED", "wrong", "error", "refused")
 
 
 def console() -> Console:
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+    found = plain()
+    return found if found.is_terminal else plain(width=PIPE_WIDTH)
 
 
 @contextmanager
 def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Result], None]]]:
     """Two functions to call, before each step with its name and after each case with its result. On a terminal they
     move a bar; elsewhere each result is a line on stderr, so that a log shows where it is."""
-    shown = Console(stderr=True)
+    shown = plain(stderr=True)
     done = 0
     if not shown.is_terminal:
 
@@ -39,7 +40,7 @@ def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Resu
 
         yield lambda text: None, say
         return
-    columns = TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description:<52}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=shown, transient=True) as bar:
         task = bar.add_task("", total=total)
 

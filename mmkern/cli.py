@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -27,6 +28,8 @@ commands.register(app)
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """Entry point: a wrong option is one line on stderr and status 2, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may have letters that this one lacks
     try:
         status: Any = app(
             args=None if arguments is None else list(arguments), prog_name="mmkern", standalone_mode=False

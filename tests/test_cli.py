@@ -32,20 +32,20 @@ def small(monkeypatch):
 
 
 def test_bench_prints_tables_and_writes_both_reports(small, tmp_path):
-    result = run(cli.app, [*BENCH, "--output", str(tmp_path / "out")])
+    result = run(cli.app, [*BENCH, "--output", str(tmp_path / "[/out]")])
     assert result.exit_code == 0, result.output
-    found = trace.read(tmp_path / "out")
+    found = trace.read(tmp_path / "[/out]")
     assert found.complete
     assert {r.op for r in found.results} == {"softmax", "log_softmax"}
     assert all(r.status == "ok" and len(r.pair.ours) >= 5 for r in found.results)
     assert found.options["level"] == "quick"
     assert found.machine["torch"] == torch.__version__
-    markdown = (tmp_path / "out" / "report.md").read_text()
+    markdown = (tmp_path / "[/out]" / "report.md").read_text()
     for text in (result.output, markdown):
         assert "geometric mean" in text
         assert "8x32" in text
         assert tables.duration(found.results[0].seconds) in text
-    assert "report.md" in result.output
+    assert "[/out]/report.md" in result.output.replace("\n", "")
     assert "5/5 log_softmax smallest bf16: " in result.stderr, "off a terminal each case is a line"
 
 
