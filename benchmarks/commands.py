@@ -24,6 +24,7 @@ from mmkern.benchmarks.run import PLANS, Run, estimate
 from mmkern.benchmarks.shapes import read_shapes
 from mmkern.benchmarks.trace import Report, Writer
 from mmkern.benchmarks.worker import Here, Worker
+from mmkern.training.console import keep_caches
 
 FOLDER = Path("mmkern-report")
 Ops = Annotated[str, typer.Option(help="Ops or families, comma-separated: attention, softmax, rotary, ... [all]")]
@@ -108,6 +109,7 @@ def bench(
     in_process: Annotated[bool, typer.Option("--in-process", help="For profilers: measure in this process.")] = False,
 ) -> None:
     """Check and time every op against torch's best on this machine; print tables and write a page."""
+    keep_caches()
     cases, level = _select(ops, dtype, quick, full, device, shapes, shape)
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"--output {output} is a file, not a folder")
@@ -192,6 +194,7 @@ def page(
     folder: Annotated[Path, typer.Argument(help="Folder with a report.jsonl.")] = FOLDER,
 ) -> None:
     """Write report.md and report.html again from a folder's report.jsonl."""
+    keep_caches()
     try:
         paths = write_pages(folder, trace.read(folder))
     except ValueError as error:
