@@ -15,6 +15,8 @@ OUT    ?= build/gpu
 
 PY    := $(if $(VENV),$(VENV)/bin/$(notdir $(PYTHON)),$(PYTHON))
 BIN   := $(if $(VENV),$(VENV)/bin/)
+OFFLINE := mmkern: pip could not install the build tools: is there a network? Without one, name a folder of wheels in \
+	PIP_FIND_LINKS and set PIP_NO_INDEX=1
 STAMP := $(or $(VENV),build)/installed
 CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 
@@ -54,16 +56,17 @@ format: $(STAMP)
 clean:
 	rm -rf build $(VENV) *.egg-info .*_cache .hypothesis mmkern/*.so
 
-# torch first and pinned: another package's dependency on it would take the newest. Then the build tools,
-# and the extension on its own, so that its progress shows; pip finds it compiled.
+# First what needs no download, then the small build tools: what is missing shows within seconds. torch next and
+# pinned: another package's dependency on it would take the newest. Then the extension on its own, so that its
+# progress shows; pip finds it compiled.
 $(STAMP): pyproject.toml constraints.txt $(if $(VENV),$(PY))
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmkern: needs Python >= 3.11, got " + sys.version)'
+	@$(PYTHON) csrc/toolchain.py
+	$(PY) -m pip install --retries 1 $$(grep -E '^(setuptools|pybind11|ninja)==' constraints.txt) || { echo "$(OFFLINE)" >&2; exit 1; }
 	$(PY) -m pip install -c constraints.txt torch==2.13.0
-	$(PY) -m pip install -c constraints.txt setuptools pybind11 ninja
 	$(PY) setup.py -q build_ext --inplace
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,train,glove,transformers,dev]'
 	@mkdir -p $(@D) && touch $@
 
 $(VENV)/bin/%:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmkern: needs Python >= 3.11, got " + sys.version)'
+	@$(PYTHON) csrc/toolchain.py
 	$(PYTHON) -m venv --clear $(VENV)

@@ -91,7 +91,8 @@ def test_old_torch_is_one_sentence(tmp_path):
 def test_old_python_is_one_sentence(tmp_path):
     old = tmp_path / "python3.9"  # answers for itself as Python 3.9 would, otherwise as this one
     old.write_text(f"""#!/bin/sh
-exec {sys.executable} -c "import sys; sys.version_info = (3, 9, 0); sys.version = '3.9.0'; exec(sys.argv[1])" "$2"
+exec {sys.executable} -c "import runpy, sys; sys.version_info = (3, 9, 0); sys.version = '3.9.0'
+runpy.run_path(sys.argv[1], run_name='__main__')" "$1"
 """)
     old.chmod(0o755)
     command = ["make", "build", f"PYTHON={old}", f"VENV={tmp_path}/venv"]
