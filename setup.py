@@ -1,7 +1,7 @@
 """Package map and native extensions; everything else is in pyproject.toml.
 
-csrc/cpu/*.isa.cpp is compiled once per instruction set below, the rest of csrc once; the best set the
-processor has is chosen when mmkern runs. torch is read for headers and libtorch, never imported, so `pip install .`
+csrc/cpu/*.isa.cpp is compiled once per instruction set below, csrc/*.cpp once per Python, the rest once; the best set
+the processor has is chosen when mmkern runs. torch is read for headers and libtorch, never imported, so `pip install .`
 builds against the torch of its environment. Ninja, in build/, recompiles what changed: source, header or flag.
 """
 
@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
-from toolchain import check_build_tools, escaped, find_compiler, find_headers, find_torch, options, run_ninja
+from toolchain import check_build_tools, escaped, find_compiler, find_python_headers, find_torch, options, run_ninja
 
 check_build_tools()
 ROOT = Path(__file__).resolve().parent
+SOABI = sysconfig.get_config_var("SOABI")
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 ISAS = {"baseline": ""}
@@ -50,16 +51,18 @@ class CheckedInfo(dist_info):
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         cxx, torch = find_compiler(), find_torch()
-        once = {"": options("-isystem ", *find_headers(torch))}
+        once = {"": options("-isystem ", torch / "include")}
+        per_python = {f".{SOABI}": options("-isystem ", torch / "include", *find_python_headers())}
         per_isa = {f".{isa}": f"{flags} -DMMKERN_ISA={isa}" for isa, flags in ISAS.items()}
         flags = FLAGS + options("-I", ROOT / "csrc")
         ninja, objects = RULES.format(cxx=cxx, flags=flags, torch=options("-L", torch / "lib")), []
         for source in map(Path, ext.sources):
-            for suffix, extra in (per_isa if source.name.endswith(".isa.cpp") else once).items():
+            host = per_python if source.parent.name == "csrc" else once
+            for suffix, extra in (per_isa if source.name.endswith(".isa.cpp") else host).items():
                 objects.append(f"{source.name}{suffix}.o")
                 ninja += f"build {objects[-1]}: cxx {escaped(ROOT / source)}\n extra = {extra}\n"
         ninja += f"build {escaped(Path(self.get_ext_fullpath(ext.name)).resolve())}: link {' '.join(objects)}\n"
-        out = ROOT / "build" / sysconfig.get_config_var("SOABI") / ext.name  # one for each Python
+        out = ROOT / "build" / sysconfig.get_platform() / ext.name
         out.mkdir(parents=True, exist_ok=True)
         (out / "build.ninja").write_text(ninja)
         run_ninja(out, cxx)

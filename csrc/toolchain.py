@@ -72,13 +72,13 @@ def find_torch() -> Path:
     if not have or (int(have[2]), int(have[3])) < (2, 11):
         problem = f"found {have[1] if have else 'none'} in {found.parent}"
         sys.exit(f"mmkern: needs torch >= 2.11 to build, {problem}; install it, then build with --no-build-isolation")
-    return found
+    return found.resolve()
 
 
-def find_headers(torch: Path) -> list[Path]:
+def find_python_headers() -> list[Path]:
     import pybind11  # here, since check_build_tools tells when it is missing
 
-    return [torch / "include", Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+    return [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
 
 
 def options(flag: str, *folders: object) -> str:
