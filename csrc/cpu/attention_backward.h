@@ -8,6 +8,11 @@ namespace mmkern {
 // Sums over the keys of a row, which become gradients of what a row, head or batch has once.
 enum RowSum { kSumWeights, kSumTemperature, kSumSlope, kSumMask, kRowSums };
 
+// What backward finds of a row again where its log-sum-exp does not tell: whether it did (1, or 0),
+// the maximum of its scores as they are kept, what 2^(score - that) is multiplied by, and the
+// weight of its sink.
+enum RowStat { kStatFound, kStatMax, kStatInverse, kStatSink, kRowStats };
+
 // Gradients with a null `data` (or a null pointer) are not wanted.
 struct AttentionBackwardArgs {
   AttentionArgs forward;  // with its result: out and lse
@@ -24,6 +29,8 @@ struct AttentionBackwardArgs {
   float* row_sums;        // [units][rows][kRowSums]: zeros, or null where none are wanted
   float* grad_sink_rows;  // [batch][heads][q_len]: what each row adds to the gradient of its sink
   bool temperature, slopes, mask_rows;  // which row sums are wanted
+  float* stats;        // [batch][heads][q_len][kRowStats]: zeros, or null where no row needs them
+  bool all_stats;      // every row does
   float* delta;        // [batch][heads][q_len]: scratch; null where one block has all keys
   float* grad_q_sums;  // [units][rows][head_dim, rounded up]: scratch, unless key_blocks is 1
   int64_t query_blocks, key_blocks, block_keys;  // block_keys: a multiple of 64
@@ -32,6 +39,9 @@ struct AttentionBackwardArgs {
 };
 
 constexpr int64_t kBackwardRows = 96;  // query rows of a block
+// Weights are exp(score - lse) up to this |lse|, whose rounding they share: 4e-6. A larger one may
+// not even hold the logarithm of the number of keys.
+constexpr float kFarLse = 128.0f;
 
 MMKERN_KERNEL(attention_backward, AttentionBackwardArgs)
 

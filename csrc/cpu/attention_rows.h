@@ -32,12 +32,17 @@ struct Arena {
 struct Row {
   int64_t batch, head, index;  // which query: index is its position in the sequence
   int64_t lo, hi;
-  double factor;     // score = similarity * factor, before cap, biases and mask
+  double factor;  // score = similarity * factor, before cap, biases and mask
+  // Scores are kept without the factor where nothing but softmax follows it: `scale` is what they
+  // lack, 1 elsewhere, and `unit` brings what is kept to units of log2.
+  float scale, unit;
+  bool scaled;       // whether scores are kept with their factor
   float norm;        // cosine: 1 / length of the query; distances: its squared length
   float slope;       // ALiBi
   int64_t position;  // of the query on the key axis
   int64_t mask;      // first element of its row of the mask
-  float m, l;        // running maximum and sum, log2 units
+  float m;           // running maximum, of scores as they are kept
+  double l;          // running sum
 };
 
 template <class T>
@@ -101,6 +106,11 @@ Row make_row(const AttentionArgs& a, int64_t batch, int64_t kv_head, int64_t fla
   r.hi = larger(r.hi, 0);
   r.lo = smaller(r.lo, r.hi);
   r.factor = a.scale * (a.temperature ? double(a.temperature[r.head]) : 1.0);
+  r.unit = float(r.factor * kLog2eExact);
+  r.scaled = a.mask_kind != MaskKind::none || a.softcap != 0.0f || a.alibi_slopes ||
+             !(r.unit > 0.0f && r.unit < kInf);
+  r.scale = r.scaled ? 1.0f : float(r.factor);
+  if (r.scaled) r.unit = kLog2e;
   r.slope = a.alibi_slopes ? a.alibi_slopes[batch * a.heads + r.head] : 0.0f;
   r.norm = 0.0f;
   const T* q = row_of<const T>(a.q, r);
@@ -110,7 +120,7 @@ Row make_row(const AttentionArgs& a, int64_t batch, int64_t kv_head, int64_t fla
                ? 0
                : a.mask.batch[batch] + r.head * a.mask.head + r.index * a.mask.row;
   r.m = -kInf;
-  r.l = 0.0f;
+  r.l = 0.0;
   return r;
 }
 

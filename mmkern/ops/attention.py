@@ -31,7 +31,7 @@ _ALIGNMENTS = ("upper_left", "lower_right")
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     lead, (heads, q_len) = query.shape[:-3], query.shape[-3:-1]
-    out = query.new_empty((*lead, q_len, heads, value.shape[-1])).transpose(-3, -2)
+    out = reference.empty_output(query, value.shape[-1])
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty((*lead, heads, q_len), dtype=dtype)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkern import reference
+from mmkern.ops._memory import check_linear_loss
 from mmkern.ops.dispatch import Op, Refusal, Values, _library, _state, _transformed
 from mmkern.ops.loss import _REDUCTIONS, _check_options, _check_weight, _cross_entropy, _scale_
 from mmkern.reference.gradients import formula_gradients
@@ -187,6 +188,8 @@ def _divisor(target: Tensor, class_weight: Tensor | None) -> Tensor:
 
 
 def _forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    class_weight, _, *options = rest
+    check_linear_loss(None, hidden, weight, target, bias, class_weight, *options)
     with torch.autocast(hidden.device.type, enabled=False):
         chunked = _chunked if hidden.is_cpu and not _state.interpreting else _chunked_on_gpu
         loss, found = chunked(None, hidden, weight, target, bias, *rest)
@@ -203,6 +206,7 @@ def _backward_none(
     ignore_index: int,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    check_linear_loss(grad_loss, hidden, weight, target, bias, class_weight, _NONE, *rest)
     with torch.autocast(hidden.device.type, enabled=False):
         options = class_weight, ignore_index, _NONE, *rest
         chunked = _chunked if hidden.is_cpu and not _state.interpreting else _chunked_on_gpu
