@@ -29,7 +29,7 @@ BIN   := $(if $(VENV),$(VENV)/bin/)
 OFFLINE := mmkern: pip could not install the build tools: is there a network? Without one, name a folder of wheels in \
 	PIP_FIND_LINKS and set PIP_NO_INDEX=1
 STAMP := $(or $(VENV),build)/installed
-CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
+CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp tests/arm/*.cpp)
 
 .PHONY: help test architectures bench gpu build lint format asan tsan clean wheel matrix test-arm
 help:
@@ -62,6 +62,10 @@ wheel: build
 
 matrix: wheel
 	$(PY) release/matrix.py --cases $(CASES) $(TORCHES)
+
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user.
+test-arm: build
+	$(PY) -m pytest -q tests/arm/emulated.py
 
 lint: $(STAMP)
 	$(PY) -m ruff check

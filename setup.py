@@ -25,6 +25,8 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS = {"baseline": "-march=x86-64-v2", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+elif platform.machine() in ("aarch64", "arm64"):
+    ISAS = {"baseline": "", "neon_bf16": "-march=armv8.2-a+bf16"}
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra "
 FLAGS += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 warns of its own AVX-512 headers
 FLAGS += "-DTORCH_TARGET_VERSION=0x020b000000000000 "  # the stable ABI of torch 2.11

@@ -1,8 +1,14 @@
-"""A pytest plugin: of each test function only a few of its cases, spread evenly. `pytest -p fast --cases 3`."""
+"""A pytest plugin: of each test function only a few cases, spread evenly, and of drawn calls only a few examples.
+
+Used as `pytest -p fast --cases 3`.
+"""
 
 from collections import defaultdict
 
 import pytest
+from hypothesis import settings
+
+EXAMPLES = 5  # of a hypothesis test, for each case
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -13,6 +19,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     groups: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         groups[item.nodeid.split("[")[0]].append(item)
+    for item in items:
+        if own := getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None):
+            most_examples = min(own.max_examples, EXAMPLES * config.getoption("cases"))
+            item.obj._hypothesis_internal_use_settings = settings(own, max_examples=most_examples)
     kept, most = set(), config.getoption("cases")
     for group in groups.values():
         step = max(1, (len(group) - 1) / max(1, most - 1))

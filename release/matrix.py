@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,15 +81,30 @@ def test(name: str, wheel: Path, cases: int) -> tuple[str, bool]:
     torch, triton, version, isa, where = facts.stdout.strip().split("|")
     assert "site-packages" in where, f"tested {where} instead of the wheel"
     log, checkout = WORK / f"torch-{name}.log", WORK / "checkout"
-    command = ["timeout", str(SECONDS), str(python), "-m", "pytest", "-q", "-p", "fast", f"--cases={cases}", *files()]
+    command = [
+        "timeout",
+        "-s",
+        "INT",
+        str(SECONDS),
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "fast",
+        f"--cases={cases}",
+        *files(),
+    ]
     with log.open("w") as out:
         plugin = os.environ | {"PYTHONPATH": str(checkout / "tests")}
         subprocess.run(command, check=False, cwd=checkout, stdout=out, stderr=out, env=plugin)
     text = log.read_text()
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", text.splitlines()[-1])}
     failed = re.findall(r"^FAILED (\S+)|^ERROR (\S+)", text, re.M)
-    good = bool(counts.get("passed")) and not failed
-    verdict = "all pass" if good else ", ".join(a or b for a, b in failed) or "did not finish"
+    finished = "KeyboardInterrupt" not in text
+    good = bool(counts.get("passed")) and not failed and finished
+    verdict = "all pass" if good else ", ".join(a or b for a, b in failed) or "none failed"
+    verdict += "" if finished else f"; stopped after {SECONDS} s"
     numbers = (counts.get("passed", 0), counts.get("failed", 0), counts.get("skipped", 0))
     return f"| {torch} | {triton} | {version} | {isa} | {' | '.join(map(str, numbers))} | {verdict} |", good
 
@@ -97,19 +113,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("torches", nargs="*", default=TORCHES, help="such as 2.11, or newest")
     parser.add_argument("--cases", type=int, default=3, help="cases of each test function")
-    wanted, cases = (options := parser.parse_args()).torches, options.cases
+    parser.add_argument("--jobs", type=int, default=1, help="environments tested at a time")
+    options = parser.parse_args()
+    cases = options.cases
     tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     found = sorted((ROOT / "dist").glob(f"mmkern-*-{tag}-*.whl"))
     if not found:
         sys.exit(f"release/matrix.py: no wheel for {tag} in dist: run `make wheel` first")
     WORK.mkdir(parents=True, exist_ok=True)
     copy_tests()
-    rows, right = [], True
-    for name in wanted:
-        row, good = test(name, found[-1], cases)
-        print(row, flush=True)
-        rows.append(row)
-        right = right and good
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda name: test(name, found[-1], cases), options.torches))
+    rows, right = [row for row, _ in results], all(good for _, good in results)
+    print(*rows, sep="\n")
     titles = ("torch", "Triton", "Python", "kernels", "passed", "failed", "skipped", "verdict")
     head = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
     report = ROOT / "benchmarks/reports/matrix.md"

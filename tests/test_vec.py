@@ -97,7 +97,7 @@ def test_multiply_add_rounds_once_or_twice(probe, op):
     exact = z + x * y * (1 if op == "fma" else -1)
     bound = np.spacing(np.abs(x * y).astype(np.float32)) + np.spacing(np.abs(exact).astype(np.float32))
     assert (np.abs(apply(probe, op, x, y, z) - exact) <= bound).all()
-    if probe.lanes() > 4:  # avx2 and up have the instruction
+    if probe.lanes() > 4 or getattr(probe, "fused", False):  # avx2 and up, and Arm, have the instruction
         one = np.float32(1 + 2**-12)
         assert apply(probe, op, np.full(16, one), np.full(16, one if op == "fma" else -one), np.full(16, -1.0))[0] == (
             np.float32(np.float64(one) ** 2 - 1)
