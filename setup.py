@@ -1,33 +1,35 @@
 """Package map and native extensions; everything else is in pyproject.toml.
 
-csrc/cpu/*.isa.cpp is compiled once per instruction set below, the rest of csrc once; the best set the
-processor has is chosen when mmkern runs. torch is read for headers and libtorch, never imported, so `pip install .`
+csrc/cpu/*.isa.cpp is compiled once per instruction set below, csrc/*.cpp once per Python, the rest once; the best set
+the processor has is chosen when mmkern runs. torch is read for headers and libtorch, never imported, so `pip install .`
 builds against the torch of its environment. Ninja, in build/, recompiles what changed: source, header or flag.
 """
 
-import importlib.util
-import os
 import platform
-import re
-import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
+from toolchain import check_build_tools, escaped, find_compiler, find_python_headers, find_torch, options, run_ninja
 
+check_build_tools()
 ROOT = Path(__file__).resolve().parent
+SOABI = sysconfig.get_config_var("SOABI")
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS = {"baseline": "-march=x86-64-v2", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
-FLAGS = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -I{ROOT}/csrc "
+elif platform.machine() in ("aarch64", "arm64"):
+    ISAS = {"baseline": "", "neon_bf16": "-march=armv8.2-a+bf16"}
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra "
 FLAGS += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 warns of its own AVX-512 headers
-FLAGS += "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
+FLAGS += "-DTORCH_TARGET_VERSION=0x020b000000000000 "  # the stable ABI of torch 2.11
 RULES = """
 rule cxx
  command = {cxx} {flags} $extra -MMD -MF $out.d -c $in -o $out
@@ -35,46 +37,41 @@ rule cxx
  depfile = $out.d
  description = compile $out
 rule link
- command = {cxx} -shared $in -L{torch}/lib -ltorch_cpu -lc10 -o $out
+ command = {cxx} -shared $in {torch} -ltorch_cpu -lc10 -o $out
  description = link $out
 """
 
 
-def find_torch() -> Path:
-    """The folder of the torch to build against; a build in isolation sees it only through purelib."""
-    spec = importlib.util.find_spec("torch")
-    found = Path(spec.origin).parent if spec else Path(sysconfig.get_path("purelib"), "torch")
-    version = found / "version.py"
-    have = re.search(r"'((\d+)\.(\d+)\S*)'", version.read_text() if version.exists() else "")
-    if not have or (int(have[2]), int(have[3])) < (2, 11):
-        problem = f"found {have[1] if have else 'none'} in {found.parent}"
-        sys.exit(f"mmkern: needs torch >= 2.11 to build, {problem}; install it, then build with --no-build-isolation")
-    return found
+class CheckedInfo(dist_info):
+    """pip asks for this first: what is missing is said before gigabytes of torch are downloaded."""
+
+    def run(self) -> None:
+        find_compiler(), find_torch()
+        super().run()
 
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        torch, cxx = find_torch(), os.environ.get("CXX", "g++")
-        if not shutil.which(cxx.split()[0]):
-            sys.exit(f"mmkern: no C++ compiler `{cxx}`; install g++ >= 11, or name a C++17 compiler in CXX")
-        include = [torch / "include", pybind11.get_include(), sysconfig.get_path("include")]
-        once = {"": " ".join(f"-isystem {path}" for path in include)}
+        cxx, torch = find_compiler(), find_torch()
+        once = {"": options("-isystem ", torch / "include")}
+        per_python = {f".{SOABI}": options("-isystem ", torch / "include", *find_python_headers())}
         per_isa = {f".{isa}": f"{flags} -DMMKERN_ISA={isa}" for isa, flags in ISAS.items()}
-        ninja, objects = RULES.format(cxx=cxx, flags=FLAGS, torch=torch), []
+        flags = FLAGS + options("-I", ROOT / "csrc")
+        ninja, objects = RULES.format(cxx=cxx, flags=flags, torch=options("-L", torch / "lib")), []
         for source in map(Path, ext.sources):
-            for suffix, extra in (per_isa if source.name.endswith(".isa.cpp") else once).items():
+            host = per_python if source.parent.name == "csrc" else once
+            for suffix, extra in (per_isa if source.name.endswith(".isa.cpp") else host).items():
                 objects.append(f"{source.name}{suffix}.o")
-                ninja += f"build {objects[-1]}: cxx {ROOT / source}\n extra = {extra}\n"
-        ninja += f"build {Path(self.get_ext_fullpath(ext.name)).resolve()}: link {' '.join(objects)}\n"
-        out = ROOT / "build" / sysconfig.get_config_var("SOABI") / ext.name  # one for each Python
+                ninja += f"build {objects[-1]}: cxx {escaped(ROOT / source)}\n extra = {extra}\n"
+        ninja += f"build {escaped(Path(self.get_ext_fullpath(ext.name)).resolve())}: link {' '.join(objects)}\n"
+        out = ROOT / "build" / sysconfig.get_platform() / ext.name
         out.mkdir(parents=True, exist_ok=True)
         (out / "build.ninja").write_text(ninja)
-        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(out)], check=False).returncode:
-            sys.exit(f"mmkern: compiling failed (see above); it needs g++ >= 11 or another C++17 compiler, not `{cxx}`")
+        run_ninja(out, cxx)
 
 
 setup(
     ext_modules=[Extension("mmkern._C", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp")))],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "dist_info": CheckedInfo},
     package_dir={"mmkern.kernels": "kernels", "mmkern.benchmarks": "benchmarks"},
 )

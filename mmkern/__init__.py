@@ -1,5 +1,6 @@
 """Fused attention, softmax and positional encoding for PyTorch, with the same meaning on CPU and GPU."""
 
+from mmkern import _torch as _torch
 from mmkern.ops.attention import scaled_dot_product_attention
 from mmkern.ops.dispatch import Choice, backend, explain
 from mmkern.ops.linear_loss import linear_cross_entropy

@@ -17,7 +17,7 @@ import mmkern
 from mmkern import _C
 
 ROOT = Path(__file__).parents[1]
-OBJECTS = ROOT / "build" / str(sysconfig.get_config_var("SOABI")) / "mmkern._C"
+OBJECTS = ROOT / "build" / sysconfig.get_platform() / "mmkern._C"
 built = pytest.mark.skipif(not OBJECTS.exists(), reason=f"no objects in {OBJECTS}: not built in this checkout")
 linux = pytest.mark.skipif(not shutil.which("nm"), reason="nm is not installed")
 
@@ -50,6 +50,16 @@ def test_the_leak_check_finds_a_leak(tmp_path):
     if compiled.returncode:
         pytest.skip("g++ is not installed")
     assert leaked(tmp_path / "leak.o", "avx2") == ["_Z5twiceIfET_S0_"]
+
+
+@linux
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
+def test_the_library_needs_no_newer_glibc_than_torch():
+    """2.28, whatever the machine has that it was compiled on: csrc/cpu/glibc.cpp."""
+    command = ["nm", "-D", "--undefined-only", "--with-symbol-versions", _C.__file__]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    versions = {tuple(map(int, v.split("."))) for v in re.findall(r"@GLIBC_([\d.]+)", table)}
+    assert (2, 2, 5) <= max(versions) <= (2, 28), table
 
 
 def build(**env: str) -> subprocess.CompletedProcess[str]:
@@ -91,7 +101,8 @@ def test_old_torch_is_one_sentence(tmp_path):
 def test_old_python_is_one_sentence(tmp_path):
     old = tmp_path / "python3.9"  # answers for itself as Python 3.9 would, otherwise as this one
     old.write_text(f"""#!/bin/sh
-exec {sys.executable} -c "import sys; sys.version_info = (3, 9, 0); sys.version = '3.9.0'; exec(sys.argv[1])" "$2"
+exec {sys.executable} -c "import runpy, sys; sys.version_info = (3, 9, 0); sys.version = '3.9.0'
+runpy.run_path(sys.argv[1], run_name='__main__')" "$1"
 """)
     old.chmod(0o755)
     command = ["make", "build", f"PYTHON={old}", f"VENV={tmp_path}/venv"]

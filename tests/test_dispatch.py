@@ -204,7 +204,7 @@ import mmkern, torch
 x = torch.randn(3, 5)
 choice, = mmkern.explain(mmkern.softmax, x, 1)
 assert choice.backend == "reference", choice
-assert "mmkern._C could not be loaded" in choice.refused["cpu"], choice
+assert "compiled part of mmkern in" in choice.refused["cpu"], choice
 torch.testing.assert_close(mmkern.softmax(x, 1), x.softmax(-1))
 torch.testing.assert_close(torch.ops.mmkern.softmax_fwd(x, 1), x.softmax(-1))
 """

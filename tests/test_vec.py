@@ -5,6 +5,7 @@ tests/vec_probe.cpp is compiled here once per instruction set with the flags of 
 
 import ctypes
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -17,7 +18,7 @@ import torch
 from mmkern.testing import isas
 
 ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / str(sysconfig.get_config_var("SOABI")) / "mmkern._C" / "build.ninja"
+BUILD = ROOT / "build" / sysconfig.get_platform() / "mmkern._C" / "build.ninja"
 pytestmark = pytest.mark.skipif(not BUILD.exists(), reason="not built in this checkout: its compiler flags are unknown")
 SPECIAL = np.array([0.0, -0.0, 1.0, -1.5, np.inf, -np.inf, np.nan, 1e-45, -1e-38, 3.4e38, 65519.0, 65520.0], np.float32)
 
@@ -32,7 +33,7 @@ def probe(request, tmp_path_factory):
     if not shutil.which(command[1]):
         pytest.skip(f"{command[1]} is not installed")
     out = tmp_path_factory.mktemp("vec") / f"{request.param}.so"
-    flags = [*command[2].split(), *extra[1].split(), "-fvisibility=default"]
+    flags = [*shlex.split(command[2].replace("$$", "$")), *extra[1].split(), "-fvisibility=default"]
     subprocess.run([command[1], *flags, "-shared", str(ROOT / "tests/vec_probe.cpp"), "-o", str(out)], check=True)
     library = ctypes.CDLL(str(out))
     library.isa = request.param
@@ -96,7 +97,7 @@ def test_multiply_add_rounds_once_or_twice(probe, op):
     exact = z + x * y * (1 if op == "fma" else -1)
     bound = np.spacing(np.abs(x * y).astype(np.float32)) + np.spacing(np.abs(exact).astype(np.float32))
     assert (np.abs(apply(probe, op, x, y, z) - exact) <= bound).all()
-    if probe.lanes() > 4:  # avx2 and up have the instruction
+    if probe.lanes() > 4 or getattr(probe, "fused", False):  # avx2 and up, and Arm, have the instruction
         one = np.float32(1 + 2**-12)
         assert apply(probe, op, np.full(16, one), np.full(16, one if op == "fma" else -one), np.full(16, -1.0))[0] == (
             np.float32(np.float64(one) ** 2 - 1)

@@ -366,7 +366,7 @@ void attention(const AttentionCall& call) {
     case Dtype::f32: return Attention<float, F32Dot>(call, direct).run();
     case Dtype::f16: return Attention<f16, F32Dot>(call, direct).run();
     case Dtype::bf16:
-#if defined(__AVX512BF16__)
+#if defined(MMKERN_BF16_DOT)
       if (!direct) return Attention<bf16, Bf16Dot>(call, false).run();
 #endif
       return Attention<bf16, F32Dot>(call, direct).run();

@@ -367,7 +367,12 @@ class AttentionBackward : ScoreGradients<Dot> {
       }
     }
   }
-#if defined(__AVX512BF16__)
+#if defined(MMKERN_BF16_DOT) && defined(__aarch64__)
+  static void store_pair(Vec even, Vec odd, uint32_t* to) {
+    const uint32x4_t high = vshll_n_u16(narrow(odd, bf16{}), 16);
+    vst1q_u32(to, vorrq_u32(vmovl_u16(narrow(even, bf16{})), high));
+  }
+#elif defined(MMKERN_BF16_DOT)
   static void store_pair(Vec even, Vec odd, uint32_t* to) {
     const __m512i low = _mm512_cvtepu16_epi32(narrow(even, bf16{}));
     const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(odd, bf16{})), 16);
@@ -482,7 +487,7 @@ void attention_backward(const AttentionBackwardArgs& args) {
     case Dtype::f32: return AttentionBackward<float, F32Dot>(args).run();
     case Dtype::f16: return AttentionBackward<f16, F32Dot>(args).run();
     case Dtype::bf16:
-#if defined(__AVX512BF16__)
+#if defined(MMKERN_BF16_DOT)
       return AttentionBackward<bf16, Bf16Dot>(args).run();
 #else
       return AttentionBackward<bf16, F32Dot>(args).run();

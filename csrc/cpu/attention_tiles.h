@@ -11,7 +11,7 @@
 namespace mmkern::MMKERN_ISA {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 6,
               kTileVecs = 4;  // 24 accumulators, 4 columns, 1 broadcast of 32 registers
 #else
@@ -31,11 +31,20 @@ struct F32Dot {
   static Vec fma(Word a, B b, Vec acc) { return MMKERN_ISA::fma(set1(a), b.v, acc); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(MMKERN_BF16_DOT)
 // bfloat16 products summed in float32: a word is two neighbours along the summed dimension.
 struct Bf16Dot {
   using Word = uint32_t;
   static constexpr int kPerWord = 2;
+#if defined(__aarch64__)
+  struct B {
+    bfloat16x8_t v;
+  };
+  static B load(const Word* p) { return {vreinterpretq_bf16_u32(vld1q_u32(p))}; }
+  static Vec fma(Word a, B b, Vec acc) {
+    return {vbfdotq_f32(acc.v, vreinterpretq_bf16_u32(vdupq_n_u32(a)), b.v)};
+  }
+#else
   struct B {
     __m512bh v;
   };
@@ -43,15 +52,23 @@ struct Bf16Dot {
   static Vec fma(Word a, B b, Vec acc) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_set1_epi32(int(a)), b.v)};
   }
+#endif
 };
 
 // out[i] = (even[i], odd[i]) for i < n, zeros up to kLanes; a null row is zeros.
 inline void interleave(const bf16* even, const bf16* odd, int n, uint32_t* out) {
+#if defined(__aarch64__)
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t low = even && i < n ? even[i].bits : 0, high = odd && i < n ? odd[i].bits : 0;
+    out[i] = low | high << 16;
+  }
+#else
   const __mmask16 m = first_n(n).m;
   const __m256i none = _mm256_setzero_si256();
   const __m512i low = _mm512_cvtepu16_epi32(even ? _mm256_maskz_loadu_epi16(m, even) : none);
   const __m512i high = _mm512_cvtepu16_epi32(odd ? _mm256_maskz_loadu_epi16(m, odd) : none);
   _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#endif
 }
 #endif
 

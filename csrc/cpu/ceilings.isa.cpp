@@ -25,7 +25,17 @@ void fma_loop(const ArithmeticArgs& a) {
 }
 
 void bf16_dot_loop(const ArithmeticArgs& a) {
-#if defined(__AVX512BF16__)
+#if defined(MMKERN_BF16_DOT) && defined(__aarch64__)
+  float32x4_t sum[kChains];
+  for (int i = 0; i < kChains; ++i) sum[i] = vdupq_n_f32(float(i));
+  const bfloat16x8_t x = vcvtq_low_bf16_f32(vdupq_n_f32(*a.sink));
+  for (int64_t round = 0; round < a.rounds; ++round) {
+    for (int i = 0; i < kChains; ++i) sum[i] = vbfdotq_f32(sum[i], x, x);
+  }
+  for (int i = 1; i < kChains; ++i) sum[0] = vaddq_f32(sum[0], sum[i]);
+  *a.sink = vaddvq_f32(sum[0]);
+  *a.operations = 4.0 * kLanes * kChains * double(a.rounds);
+#elif defined(MMKERN_BF16_DOT)
   __m512 sum[kChains];
   for (int i = 0; i < kChains; ++i) sum[i] = _mm512_set1_ps(float(i));
   const __m512bh x = _mm512_cvtne2ps_pbh(_mm512_set1_ps(*a.sink), _mm512_set1_ps(-*a.sink));

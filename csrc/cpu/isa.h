@@ -11,12 +11,14 @@
 
 namespace mmkern {
 
-// In rising order; each includes the ones before it.
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+// In rising order; each includes the ones before it. On Arm, baseline is NEON.
+enum class Isa { baseline, avx2, avx512, avx512_bf16, neon_bf16 };
 
 // Those compiled in.
 #if MMKERN_SETS
 constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+#elif defined(__aarch64__) && !defined(MMKERN_ONE_ISA)
+constexpr Isa kIsas[] = {Isa::baseline, Isa::neon_bf16};
 #else
 constexpr Isa kIsas[] = {Isa::baseline};
 #endif
@@ -53,8 +55,21 @@ extern Isa current_isa;
       case Isa::avx512_bf16: return avx512_bf16::name(args); \
       case Isa::avx512: return avx512::name(args);           \
       case Isa::avx2: return avx2::name(args);               \
+      case Isa::neon_bf16:                                   \
       case Isa::baseline: return baseline::name(args);       \
     }                                                        \
+  }
+#elif defined(__aarch64__) && !defined(MMKERN_ONE_ISA)
+#define MMKERN_KERNEL(name, Args)                                    \
+  namespace baseline {                                               \
+  void name(const Args& args);                                       \
+  }                                                                  \
+  namespace neon_bf16 {                                              \
+  void name(const Args& args);                                       \
+  }                                                                  \
+  inline void name(const Args& args) {                               \
+    if (current_isa == Isa::neon_bf16) return neon_bf16::name(args); \
+    baseline::name(args);                                            \
   }
 #else
 #define MMKERN_KERNEL(name, Args) \

@@ -20,6 +20,11 @@
 
 #include "cpu/dtype.h"
 
+// Sets whose dot product of bfloat16 pairs adds to float32: vdpbf16ps, bfdot.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define MMKERN_BF16_DOT
+#endif
+
 #ifndef MMKERN_ISA
 #error "vec.h is for *.isa.cpp files, which are compiled with MMKERN_ISA set"
 #endif
@@ -87,6 +92,8 @@ inline void from_float(float x, f16* out) {
 #include "cpu/vec_avx512.h"
 #elif defined(__AVX2__)
 #include "cpu/vec_avx2.h"
+#elif defined(__aarch64__)
+#include "cpu/vec_neon.h"
 #else
 #include "cpu/vec_portable.h"
 #endif

@@ -1,5 +1,4 @@
-// vec.h for any processor: 4 lanes in the compilers' vector extension, which is SSE on x86 and NEON
-// on Arm.
+// vec.h for any processor: 4 lanes in the compilers' vector extension, which is SSE on x86.
 #pragma once
 
 namespace mmkern::MMKERN_ISA {

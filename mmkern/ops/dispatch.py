@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,14 +21,8 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from mmkern.ops._autograd import Differentiable, DifferentiableWhenRun, Values
+from mmkern.ops._compiled import _C, not_built
 from mmkern.ops._flops import enter_flop_formulas
-
-_C: ModuleType | None
-try:
-    from mmkern import _C
-except ImportError as error:  # a checkout without a compiler: every op still runs, through its reference
-    _C = None
-    _not_built = f"mmkern._C could not be loaded: {error}"
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")  # in the order they are tried
 _DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
@@ -254,7 +247,7 @@ class Op:
         if devices != {_DEVICE[name]} and not (name == "triton" and _state.interpreting):
             return f"tensors are on {' and '.join(sorted(devices))}"
         if name == "cpu" and _C is None:
-            return _not_built
+            return not_built
         if name == "triton" and (reason := _without_triton()):
             return reason
         if _transformed():
