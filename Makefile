@@ -16,7 +16,7 @@ OUT    ?= build/gpu
 PY    := $(if $(VENV),$(VENV)/bin/$(notdir $(PYTHON)),$(PYTHON))
 BIN   := $(if $(VENV),$(VENV)/bin/)
 STAMP := $(or $(VENV),build)/installed
-CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp)
+CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu csrc/cuda/tile/*.h tests/*.cpp tests/cuda/*.cpp tests/cuda/*.h)
 
 .PHONY: help test bench gpu build lint format clean
 help:
