@@ -1,10 +1,13 @@
 # From a fresh clone, each of these sets up what it needs first:
 #   make test                      every test
+#   make architectures             every architecture of Transformers, small, against its eager attention: minutes
 #   make bench                     speed against torch; OPS=softmax for some ops only
 #   make build                     compile what changed
 #   make gpu                       on a CUDA GPU: every Triton test, then speed; STAGE=test or bench for one of the two;
 #                                  OUT=folder for tests.xml, report.json and report.md
 #   make lint                      ruff, mypy, clang-format; `make format` repairs what it can
+#   make asan                      one instruction set under AddressSanitizer and UBSan, and wrong calls of all operators
+#   make tsan                      the kernels' own synchronisation under ThreadSanitizer
 #   make clean                     remove .venv and what was built
 # PYTHON=python3.12 makes .venv with another interpreter; VENV= PYTHON=... uses that interpreter as it is.
 PYTHON ?= python3
@@ -12,18 +15,23 @@ VENV   ?= .venv
 OPS    ?=
 STAGE  ?= test bench
 OUT    ?= build/gpu
+CALLS  ?= 20000
 
 PY    := $(if $(VENV),$(VENV)/bin/$(notdir $(PYTHON)),$(PYTHON))
 BIN   := $(if $(VENV),$(VENV)/bin/)
 STAMP := $(or $(VENV),build)/installed
 CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu csrc/cuda/tile/*.h tests/*.cpp tests/cuda/*.cpp tests/cuda/*.h)
 
-.PHONY: help test bench gpu build lint format clean
+.PHONY: help test architectures bench gpu build lint format asan tsan clean
 help:
 	@sed -n '1,/^$$/s/^# *//p' Makefile
 
+# Spread over processes, each with its share of the cores: tests/conftest.py.
 test: build
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+architectures: build
+	$(PY) -m pytest -q -m architectures tests/test_architectures.py
 
 bench: build
 	$(PY) -m mmkern.cli bench $(if $(OPS),--ops $(OPS))
@@ -49,6 +57,25 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 	$(BIN)clang-format -i $(CPP)
+
+# In a folder of its own: a copy of the sources, whose setup.py compiles AVX2 alone, under sanitizers. Torch is not
+# compiled so: its allocations are watched, its own reads and writes are not.
+ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -DMMKERN_ONE_ISA
+asan: build
+	@mkdir -p build/asan
+	cp -pu --parents $$(git ls-files pyproject.toml README.md csrc kernels benchmarks mmkern tests/operator_calls.py) build/asan
+	sed 's/-O3/-O1/; s/^if platform.machine.*/if False:/; s/^ISAS = .*/ISAS = {"baseline": AVX2}/' setup.py > build/asan/setup.py
+	cd build/asan && CXX="$(CXX) $(ASAN)" $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd build/asan && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 PYTHONPATH=. \
+	  sh -c '$(abspath $(PY)) tests/operator_calls.py 0 0 $(CALLS) && $(abspath $(PY)) tests/operator_calls.py 1 0 $(CALLS) --guard' > calls.txt
+	@tail -1 build/asan/calls.txt
+
+tsan:
+	@mkdir -p build/tsan
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -Icsrc tests/turns_race.cpp -o build/tsan/turns_race -pthread
+	build/tsan/turns_race
+	! build/tsan/turns_race race 2> /dev/null > /dev/null
 
 clean:
 	rm -rf build $(VENV) *.egg-info .*_cache .hypothesis mmkern/*.so

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mmkern.kernels import check
 from mmkern.kernels.attention_scores import (
     BOOL_MASK,
     COSINE,
@@ -120,12 +121,11 @@ def _attend(
     acc, total, top, q, block, part, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
     v_descriptor, k_base, v_base, k_stride, v_stride, q_square, k_square_ptr, k_square_base, length, left, right,
     factor, softcap, slope, mask_ptr, mask_rows, mask_stride, seed, threshold, batch_number, k_len, head_dim, value_dim,
-    EDGE: tl.constexpr, SALVAGE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
-    DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    EDGE: tl.constexpr, SALVAGE: tl.constexpr, NATURAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
+    SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One block of keys. SALVAGE: with `top` and `total` known, only `acc`, of one part of the values (`_part_of`)."""
-    NATURAL: tl.constexpr = MASK == FLOAT_MASK
     start = block * BLOCK_N
     j = start + tl.arange(0, BLOCK_N)
     j_ok = j < length
@@ -163,16 +163,15 @@ def _attend(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "m_blocks", "splits", "split_len", "left", "right", "lower_right"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, out_ptr, lse_ptr, mask_ptr, temperature_ptr, slopes_ptr,
+    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, out_ptr, lse_ptr, total_ptr, mask_ptr, temperature_ptr, slopes_ptr,
     lengths_ptr, sinks_ptr, seed_ptr, k_square_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right,
     heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len, stride_qb, stride_qh, stride_ql,
     stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_os, stride_ob, stride_oh, stride_ol,
     stride_ls, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah, stride_nb, stride_sh,
-    MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr,
-    SEEDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    NATURAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr,
+    PACKED: tl.constexpr, SEEDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    NATURAL: tl.constexpr = MASK == FLOAT_MASK
     UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
     SLOPED: tl.constexpr = slopes_ptr is not None
     DROPOUT: tl.constexpr = seed_ptr is not None
@@ -237,8 +236,8 @@ def _attention_fwd_kernel(
             acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
             v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left,
             right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
-            head_dim, value_dim, False, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION,
-            BLOCK_N, BLOCK_D, BLOCK_V,
+            head_dim, value_dim, False, False, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA,
+            PRECISION, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for edge in tl.range(first, last - (inner_last - inner_first)):
         block = tl.where(edge < inner_first, edge, edge + (inner_last - inner_first))
@@ -246,8 +245,8 @@ def _attention_fwd_kernel(
             acc, total, top, q, block, 0, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr, v_ptr, k_descriptor,
             v_descriptor, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base, length, left,
             right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold, batch_number, k_len,
-            head_dim, value_dim, True, False, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION, BLOCK_N,
-            BLOCK_D, BLOCK_V,
+            head_dim, value_dim, True, False, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, TMA, PRECISION,
+            BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
 
     if sinks_ptr is not None:
@@ -258,11 +257,16 @@ def _attention_fwd_kernel(
         total = total * rescale + _exp(sink - base, NATURAL)
         acc = acc * rescale[:, None]
         top = highest
-    top = tl.where(top == -float("inf"), 0.0, top)
     empty = total == 0.0
-    lse = tl.where(empty, -float("inf"), top * (1.0 if NATURAL else LN2) + tl.log2(total) * LN2)
+    stats = part * stride_ls + (b64 * heads + h64) * q_len + row64
+    if total_ptr is None:
+        lse = tl.where(empty, -float("inf"), top * (1.0 if NATURAL else LN2) + tl.log2(total) * LN2)
+        tl.store(lse_ptr + stats, lse, mask=row_ok)
+    else:  # of one part: at 1e9 a logarithm of the total would be lost in the sum
+        tl.store(lse_ptr + stats, tl.where(empty, -float("inf"), top * (1.0 if NATURAL else LN2)), mask=row_ok)
+        tl.store(total_ptr + stats, total, mask=row_ok)
+    top = tl.where(top == -float("inf"), 0.0, top)
     out_rows = part * stride_os + b64 * stride_ob + h64 * stride_oh + row64 * stride_ol
-    tl.store(lse_ptr + part * stride_ls + (b64 * heads + h64) * q_len + row64, lse, mask=row_ok)
     columns = tl.arange(0, BLOCK_V)
     out_ptrs = out_ptr + out_rows[:, None] + columns[None, :]
     out_ok = row_ok[:, None] & (columns[None, :] < value_dim)
@@ -282,8 +286,8 @@ def _attention_fwd_kernel(
                     acc, total, top, q, block, part_of_values, q_ptr, q_rows, row_ok, i, h, row, batch, kv_head, k_ptr,
                     v_ptr, None, None, k_base, v_base, stride_kl, stride_vl, q_square, k_square_ptr, k_square_base,
                     length, left, right, factor, softcap * UNIT, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
-                    batch_number, k_len, head_dim, value_dim, True, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY,
-                    EXACT, False, PRECISION, 16, BLOCK_D, BLOCK_V,
+                    batch_number, k_len, head_dim, value_dim, True, True, NATURAL, MASK, CAPPED, SLOPED, DROPOUT,
+                    SIMILARITY, EXACT, False, PRECISION, 16, BLOCK_D, BLOCK_V,
                 )  # fmt: skip
             if part_of_values == 0:
                 out = acc * keep_scale
@@ -295,10 +299,10 @@ def _attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows", "q_len", "splits"])
 def _merge_kernel(
-    parts_ptr, part_lse_ptr, out_ptr, lse_ptr, sinks_ptr, rows, heads, q_len, value_dim, splits, stride_ps, stride_ob,
-    stride_oh, stride_ol, stride_sh, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+    parts_ptr, top_ptr, total_ptr, out_ptr, lse_ptr, sinks_ptr, rows, heads, q_len, value_dim, splits, stride_ps,
+    stride_ob, stride_oh, stride_ol, stride_sh, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One row: its parts over the keys, (splits, rows, value_dim) float32, weighted by their log-sum-exps."""
+    """One row: its parts over the keys, (splits, rows, value_dim) float32, weighted by their sums of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     head, columns = (row // q_len) % heads, tl.arange(0, BLOCK_V)
     sink = -float("inf")
@@ -307,14 +311,15 @@ def _merge_kernel(
     top = sink
     for start in tl.range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        part_lse = tl.load(part_lse_ptr + s * rows + row, mask=s < splits, other=-float("inf"))
-        top = tl.maximum(top, tl.max(part_lse, 0))
+        part_top = tl.load(top_ptr + s * rows + row, mask=s < splits, other=-float("inf"))
+        top = tl.maximum(top, tl.max(part_top, 0))
     base = tl.where(top == -float("inf"), 0.0, top)
     total = tl.exp2((sink - base) * LOG2E)
     acc = tl.zeros([BLOCK_V], tl.float32)
     for start in tl.range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        weight = tl.exp2((tl.load(part_lse_ptr + s * rows + row, mask=s < splits, other=-float("inf")) - base) * LOG2E)
+        part_top = tl.load(top_ptr + s * rows + row, mask=s < splits, other=-float("inf"))
+        weight = tl.exp2((part_top - base) * LOG2E) * tl.load(total_ptr + s * rows + row, mask=s < splits, other=0.0)
         total += tl.sum(weight, 0)
         ok = (s < splits)[:, None] & (columns < value_dim)[None, :]
         at = s.to(tl.int64)[:, None] * stride_ps + row * value_dim + columns[None, :]
@@ -401,6 +406,13 @@ class Inputs:
         return kind.value
 
     @property
+    def natural(self) -> bool:
+        """Whether scores stay in natural units: times log2(e), what a term, a cap or a large scale gives overflows."""
+        terms = (self.temperature, self.slopes, self.sinks)
+        base_2 = self.mask_kind != FLOAT_MASK.value and self.softcap == 0 and self.similarity == DOT.value
+        return not (base_2 and all(t is None for t in terms) and abs(self.scale) * LOG2E.value <= 1)
+
+    @property
     def exact(self) -> bool:
         """Whether distances come from differences."""
         return self.similarity > COSINE.value and self.query.dtype == torch.float32
@@ -440,6 +452,7 @@ class Inputs:
     def flags(self) -> dict[str, Any]:
         """Compile-time choices that forward and backward share."""
         return {
+            "NATURAL": self.natural,
             "MASK": self.mask_kind,
             "CAPPED": self.softcap > 0,
             "SIMILARITY": self.similarity,
@@ -485,15 +498,27 @@ def describable(t: Tensor) -> bool:
 
 def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     """`mmkern::attention_fwd`: query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) and the rest
-    -> (B..., H, L, V) in memory order (B..., L, H, V), and the log-sum-exp (B..., H, L) in float32."""
+    -> (B..., H, L, V) in query's memory order, and the log-sum-exp (B..., H, L) in float32."""
+    check.attention(*args)
     query, value = args[0], args[2]
-    *lead, heads, q_len, _ = query.shape
-    out = query.new_empty((*lead, q_len, heads, value.shape[-1]))
-    lse = query.new_empty((*lead, heads, q_len), dtype=torch.float32)
+    out = empty_output(query, value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     x = Inputs.of(*args)
     if lse.numel():
-        _forward(x, out.view(query.shape[:-3].numel(), *out.shape[-3:]).transpose(1, 2), lse)
-    return out.transpose(-3, -2), lse
+        _forward(x, out.flatten(0, -4) if out.dim() > 4 else out, lse)
+    return out, lse
+
+
+def empty_output(query: Tensor, value_dim: int) -> Tensor:
+    """Memory for (B..., H, L, V), as mmkern.reference.empty_output: the dims before the heads lie as one."""
+    heads, q_len, head_dim = query.shape[-3:]
+    if query.dim() == 4 and value_dim == head_dim and (head_dim <= 1 or query.stride(-1) == 1):
+        out = torch.empty_like(query)
+        if head_dim <= 1 or out.stride(-1) == 1:
+            return out
+    if query.stride(-3) < query.stride(-2):
+        return query.new_empty((*query.shape[:-3], q_len, heads, value_dim)).transpose(-3, -2)
+    return query.new_empty((*query.shape[:-1], value_dim))
 
 
 def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
@@ -507,10 +532,10 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
         block_n, warps = min(block_n, 64), min(warps, 4)
         if k_len > SPLIT:  # by the shape of one sequence alone: the bits must not depend on who is in the batch
             splits, split_len = cdiv(k_len, SPLIT), SPLIT
-    parts, part_lse = out, lse
+    parts, tops, totals = out, lse, None
     if splits > 1:
         parts = out.new_empty((splits, batch, heads, q_len, value_dim), dtype=torch.float32)
-        part_lse = lse.new_empty((splits, *lse.shape))
+        tops, totals = lse.new_empty((2, splits, *lse.shape)).unbind()
     key, value = x.key, x.value
     tma = tma and describable(key) and describable(value)
     descriptors = [None, None]
@@ -522,7 +547,7 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
     m_blocks = cdiv(rows, block_m)
     launch(
         _attention_fwd_kernel, m_blocks * splits * batch * (kv_heads if packed else heads), x.query, x.query, key,
-        value, *descriptors, parts, part_lse, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else
+        value, *descriptors, parts, tops, totals, x.mask, x.temperature, x.slopes, x.lengths, None if splits > 1 else
         x.sinks, x.seed, x.key_squares, x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right,
         int(x.lower_right), heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, splits, split_len,
         *x.query.stride()[:3], *key.stride()[:3], *value.stride()[:3], parts.stride(0) if splits > 1 else 0,
@@ -531,7 +556,7 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
     )  # fmt: skip
     if splits > 1:
         launch(
-            _merge_kernel, lse.numel(), out, parts, part_lse, out, lse, x.sinks, lse.numel(), heads, q_len, value_dim,
-            splits, parts.stride(0), *out.stride()[:3], 0 if x.sinks is None else x.sinks.stride(0),
+            _merge_kernel, lse.numel(), out, parts, tops, totals, out, lse, x.sinks, lse.numel(), heads, q_len,
+            value_dim, splits, parts.stride(0), *out.stride()[:3], 0 if x.sinks is None else x.sinks.stride(0),
             BLOCK_S=16, BLOCK_V=block(value_dim), num_warps=4,
         )  # fmt: skip

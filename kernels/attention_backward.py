@@ -1,6 +1,8 @@
 """Attention backward, from the log-sum-exp: no weights are kept, no sum is atomic.
 
 With p the weights, d a row's grad_out . out - grad_lse, ds = p (grad_out . v - d) for each score:
+- sums:    what weights are relative to: lse, or where that is so large that it cannot hold the logarithm of the
+           number of keys, the maximum and the sum of exponentials, found again
 - rows:    d, and the gradient of a sink, -sum exp(sink - lse) d.          reads grad_out and out once
 - queries: grad_query from all keys of a block of queries                   3 matmuls a tile
 - keys:    grad_key and grad_value from all queries of a block of keys      4 matmuls a tile, all of it transposed:
@@ -19,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkern.kernels import check
 from mmkern.kernels.attention import Inputs, Table, flat, tiles
 from mmkern.kernels.attention_scores import (
     COSINE,
     DOT,
     EUCLIDEAN,
-    FLOAT_MASK,
     NO_MASK,
     inverse_norm,
     key_length,
@@ -37,7 +39,7 @@ from mmkern.kernels.attention_scores import (
 )
 from mmkern.kernels.attention_scores import exp as _exp
 from mmkern.kernels.launch import cdiv, launch
-from mmkern.kernels.numerics import LOG2E, dot, keep_tile, narrow, wide
+from mmkern.kernels.numerics import add, dot, keep_tile, narrow, wide
 
 # As FORWARD: capability -> bytes -> head dim up to -> (plain, busy): rows that stay, rows that pass, warps, stages.
 _SINGLE = {
@@ -88,12 +90,106 @@ BACKWARD: Table = {
 }
 
 
+@triton.jit(do_not_specialize=["q_len", "k_len", "m_blocks", "left", "right", "lower_right"])
+def _sums_kernel(
+    lse_ptr, top_ptr, inverse_ptr, q_ptr, k_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, sinks_ptr,
+    q_square_ptr, k_square_ptr, scale, softcap, left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim,
+    m_blocks, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_mb, stride_mh, stride_mi,
+    stride_mj, stride_th, stride_ab, stride_ah, stride_nb, stride_sh,
+    NATURAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What the weights of a block of queries are relative to: weight = exp(score - top) * inverse, in the scores' unit.
+
+    That is lse and 1 up to a |lse| of 128, whose rounding all weights of a row share: 4e-6. Beyond, one more look at
+    the keys, by the products that the gradients take: TRANSPOSED for those of keys. Where products are 1e9, the last
+    bit of one decides.
+    """
+    UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
+    SLOPED: tl.constexpr = slopes_ptr is not None
+    pid = tl.program_id(0)
+    m_block = pid % m_blocks
+    batch, head = (pid // m_blocks) // heads, (pid // m_blocks) % heads
+    row = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row < q_len
+    b64, h64, kv64, row64 = (
+        batch.to(tl.int64),
+        head.to(tl.int64),
+        (head // (heads // kv_heads)).to(tl.int64),
+        row.to(tl.int64),
+    )
+    stats = (b64 * heads + h64) * q_len + row64
+    lse = tl.load(lse_ptr + stats, mask=row_ok, other=0.0)
+    near = (tl.abs(lse) < 128.0) | (lse == -float("inf"))
+    top = tl.where(lse == -float("inf"), float("inf"), lse * UNIT)
+    inverse = tl.full([BLOCK_M], 1.0, tl.float32)
+    if tl.max(tl.where(near, 0, 1)) > 0:
+        length = key_length(lengths_ptr, stride_nb, b64, k_len)
+        offset = lower_right * (length - q_len)
+        i = row + offset
+        i_first, i_last = m_block * BLOCK_M + offset, tl.minimum(m_block * BLOCK_M + BLOCK_M, q_len) - 1 + offset
+        factor = scale
+        if temperature_ptr is not None:
+            factor = scale * tl.load(temperature_ptr + h64 * stride_th)
+        slope = 0.0
+        if SLOPED:
+            slope = tl.load(slopes_ptr + b64 * stride_ab + h64 * stride_ah) * UNIT
+        d = tl.arange(0, BLOCK_D)
+        q_rows = b64 * stride_qb + h64 * stride_qh + row64 * stride_ql
+        q = tile(q_ptr, q_rows, row_ok, d, head_dim)
+        q_square, k_square = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        if SIMILARITY != DOT and not EXACT:
+            q_square = tl.load(q_square_ptr + stats, mask=row_ok, other=0.0)
+        mask_rows = row64
+        if MASK != NO_MASK:
+            mask_rows = b64 * stride_mb + h64 * stride_mh + row64 * stride_mi
+        highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        first = tl.maximum(i_first - left, 0) // BLOCK_N
+        for block in tl.range(first, tl.cdiv(tl.minimum(i_last + right + 1, length), BLOCK_N), num_stages=1):
+            n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            j_ok = n < length
+            k_rows = b64 * stride_kb + kv64 * stride_kh + n.to(tl.int64) * stride_kl
+            k = tile(k_ptr, k_rows, j_ok, d, head_dim)
+            if SIMILARITY != DOT and not EXACT:
+                at = (b64 * kv_heads + kv64) * k_len + n
+                k_square = tl.load(k_square_ptr + at, mask=j_ok, other=0.0)
+            qk = query_key(q, q_ptr, q_rows, row_ok, k, k_ptr, k_rows, j_ok, head_dim, EXACT, TRANSPOSED, PRECISION)
+            if TRANSPOSED:
+                at_i, at_j, i_ok = i[None, :], n[:, None], row_ok[None, :]
+                mask_offsets = mask_rows[None, :] + n.to(tl.int64)[:, None] * stride_mj
+                q_side, k_side = q_square[None, :], k_square[:, None]
+            else:
+                at_i, at_j, i_ok = i[:, None], n[None, :], row_ok[:, None]
+                mask_offsets = mask_rows[:, None] + n.to(tl.int64)[None, :] * stride_mj
+                q_side, k_side = q_square[:, None], k_square[None, :]
+            s, _, _ = scores(
+                similarity(qk, q_side, k_side, SIMILARITY, EXACT), at_i, at_j, i_ok, length, left, right, factor * UNIT,
+                softcap * UNIT, slope, mask_ptr, mask_offsets, True, MASK, CAPPED, SLOPED,
+            )  # fmt: skip
+            if TRANSPOSED:
+                s = tl.trans(s)
+            before, highest = highest, tl.maximum(highest, tl.max(s, 1))
+            base = tl.where(highest == -float("inf"), 0.0, highest)
+            total = total * _exp(before - base, NATURAL) + tl.sum(_exp(s - base[:, None], NATURAL), 1)
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + h64 * stride_sh) * UNIT
+            before, highest = highest, tl.maximum(highest, sink)
+            base = tl.where(highest == -float("inf"), 0.0, highest)
+            total = total * _exp(before - base, NATURAL) + _exp(sink - base, NATURAL)
+        top = tl.where(near, top, highest)
+        inverse = tl.where(near, 1.0, tl.where(total == 0.0, 0.0, 1.0 / total))
+    tl.store(top_ptr + stats, top, mask=row_ok)
+    tl.store(inverse_ptr + stats, inverse, mask=row_ok)
+
+
 @triton.jit(do_not_specialize=["rows", "q_len"])
 def _rows_kernel(
-    grad_ptr, grad_lse_ptr, out_ptr, lse_ptr, sinks_ptr, delta_ptr, sink_parts_ptr, rows, heads, q_len, value_dim,
-    stride_gb, stride_gh, stride_gl, stride_gv, stride_ob, stride_oh, stride_ol, stride_rb, stride_rh, stride_rl,
-    stride_sh,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    grad_ptr, grad_lse_ptr, out_ptr, top_ptr, inverse_ptr, sinks_ptr, delta_ptr, sink_parts_ptr, rows, heads, q_len,
+    value_dim, stride_gb, stride_gh, stride_gl, stride_gv, stride_ob, stride_oh, stride_ol, stride_rb, stride_rh,
+    stride_rl, stride_sh,
+    NATURAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """delta of each row, and its share of its sink's gradient."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -110,27 +206,28 @@ def _rows_kernel(
         delta -= wide(tl.load(grad_lse_ptr + at, mask=ok, other=0.0))
     tl.store(delta_ptr + row, delta, mask=ok)
     if sink_parts_ptr is not None:
-        lse = tl.load(lse_ptr + row, mask=ok, other=0.0)
+        UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
+        top = tl.load(top_ptr + row, mask=ok, other=0.0)
         sink = tl.load(sinks_ptr + h * stride_sh, mask=ok, other=0.0)
-        weight = tl.where((sink == -float("inf")) | (lse == -float("inf")), 0.0, tl.exp2((sink - lse) * LOG2E))
+        weight = _exp(sink * UNIT - top, NATURAL) * tl.load(inverse_ptr + row, mask=ok, other=0.0)
+        weight = tl.where((sink == -float("inf")) | (top == float("inf")), 0.0, weight)
         tl.store(sink_parts_ptr + row, -weight * delta, mask=ok)
 
 
 @triton.jit
 def _score_gradients(
-    q, k, v, grad, q_ptr, q_rows, q_ok, k_ptr, k_rows, k_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, h, row, lse,
-    delta, q_square, k_square, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold,
-    keep_scale, batch_number, start, head_dim, value_dim,
-    EDGE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr, DROPOUT: tl.constexpr,
-    SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, k, v, grad, q_ptr, q_rows, q_ok, k_ptr, k_rows, k_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, h, row, top,
+    inverse, delta, q_square, k_square, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, seed,
+    threshold, keep_scale, batch_number, start, head_dim, value_dim,
+    EDGE: tl.constexpr, NATURAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr,
+    DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: gradients of its scores and, where capped, of what came before; similarities; the weights that met v.
 
-    lse: plus infinity where a row sees nothing, so that its weights are 0. All one-dimensional arguments come shaped to
-    broadcast; q (M, D), k (N, D), v (N, V), grad (M, V).
+    Weights are exp(score - top) * inverse; top: plus infinity where a row sees nothing. All one-dimensional arguments
+    come shaped to broadcast; q (M, D), k (N, D), v (N, V), grad (M, V).
     """
-    NATURAL: tl.constexpr = MASK == FLOAT_MASK
     qk = query_key(q, q_ptr, q_rows, q_ok, k, k_ptr, k_rows, k_ok, head_dim, EXACT, TRANSPOSED, PRECISION)
     sim = similarity(qk, q_square, k_square, SIMILARITY, EXACT)
     grad_weight = products(grad, grad_ptr, grad_rows, q_ok, v, v_ptr, v_rows, k_ok, value_dim, TRANSPOSED, PRECISION)
@@ -141,7 +238,7 @@ def _score_gradients(
     s, visible, capped = scores(
         sim, i, j, i_ok, length, left, right, factor, softcap, slope, mask_ptr, mask_offsets, EDGE, MASK, CAPPED, SLOPED
     )
-    p = _exp(s - lse, NATURAL)
+    p = _exp(s - top, NATURAL) * inverse
     if EDGE or MASK != NO_MASK:
         visible = visible & i_ok
         p = tl.where(visible, p, 0.0)
@@ -162,11 +259,11 @@ def _score_gradients(
 
 
 @triton.jit
-def _row_stats(lse_ptr, delta_ptr, stats, row_ok, UNIT: tl.constexpr):
-    """lse in the unit of the scores, plus infinity in a row that sees nothing; and delta."""
-    lse = tl.load(lse_ptr + stats, mask=row_ok, other=0.0)
-    lse = tl.where(lse == -float("inf"), float("inf"), lse * UNIT)
-    return lse, tl.load(delta_ptr + stats, mask=row_ok, other=0.0)
+def _row_stats(top_ptr, inverse_ptr, delta_ptr, stats, row_ok):
+    """What weights are relative to, and delta."""
+    top = tl.load(top_ptr + stats, mask=row_ok, other=float("inf"))
+    inverse = tl.load(inverse_ptr + stats, mask=row_ok, other=0.0)
+    return top, inverse, tl.load(delta_ptr + stats, mask=row_ok, other=0.0)
 
 
 @triton.jit
@@ -203,15 +300,15 @@ def _finish(acc, x, x_square, weights, SIMILARITY: tl.constexpr):
 @triton.jit
 def _query_step(
     acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i, head,
-    row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, k_stride, v_stride, k_square_ptr, k_square_base, length,
-    left, right, factor, softcap, slope, mask_ptr, mask_rows, mask_stride, seed, threshold, keep_scale, batch_number,
-    k_len, head_dim, value_dim,
-    EDGE: tl.constexpr, CLEAN: tl.constexpr, TEMPERATURE: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
-    CAPPED: tl.constexpr, SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    row, top, inverse, delta, q_square, k_ptr, v_ptr, k_base, v_base, k_stride, v_stride, k_square_ptr, k_square_base,
+    length, left, right, factor, softcap, slope, mask_ptr, mask_rows, mask_stride, seed, threshold, keep_scale,
+    batch_number, k_len, head_dim, value_dim,
+    EDGE: tl.constexpr, CLEAN: tl.constexpr, TEMPERATURE: tl.constexpr, SLOPE: tl.constexpr, NATURAL: tl.constexpr,
+    MASK: tl.constexpr, CAPPED: tl.constexpr, SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One block of keys for a block of queries. CLEAN: keys that none of them sees count as 0."""
-    UNIT: tl.constexpr = 1.0 if MASK == FLOAT_MASK else 1.4426950408889634
+    UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
     start = n_block * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
     j, j_ok = n[None, :], n < length
@@ -223,9 +320,10 @@ def _query_step(
         k_square = tl.load(k_square_ptr + k_square_base + n, mask=j_ok, other=0.0)[None, :]
     ds, before_cap, sim, _ = _score_gradients(
         q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, i, j, row * 0 +
-        head, row, lse, delta, q_square, k_square, length, left, right, factor * UNIT, softcap * UNIT, slope, mask_ptr,
-        mask_rows[:, None] + n.to(tl.int64)[None, :] * mask_stride, seed, threshold, keep_scale, batch_number, start,
-        head_dim, value_dim, EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION, BLOCK_N,
+        head, row, top, inverse, delta, q_square, k_square, length, left, right, factor * UNIT, softcap * UNIT, slope,
+        mask_ptr, mask_rows[:, None] + n.to(tl.int64)[None, :] * mask_stride, seed, threshold, keep_scale, batch_number,
+        start, head_dim, value_dim, EDGE, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION,
+        BLOCK_N,
     )  # fmt: skip
     if SIMILARITY == COSINE:
         k_inverse = inverse_norm(k_square)
@@ -245,17 +343,17 @@ def _query_step(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "m_blocks", "left", "right", "lower_right"])
 def _queries_kernel(
-    grad_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, seed_ptr,
-    q_square_ptr, k_square_ptr, grad_q_ptr, temperature_parts_ptr, slope_parts_ptr, scale, softcap, threshold,
+    grad_ptr, top_ptr, inverse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr,
+    seed_ptr, q_square_ptr, k_square_ptr, grad_q_ptr, temperature_parts_ptr, slope_parts_ptr, scale, softcap, threshold,
     keep_scale, left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, m_blocks, stride_gb,
     stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh,
     stride_vl, stride_xb, stride_xh, stride_xl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab,
     stride_ah, stride_nb,
-    MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, SEEDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    NATURAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr,
+    SEEDS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """grad_query of a block of queries; and its sums for the gradients of temperature and slopes."""
-    NATURAL: tl.constexpr = MASK == FLOAT_MASK
     UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
     SLOPED: tl.constexpr = slopes_ptr is not None
     DROPOUT: tl.constexpr = seed_ptr is not None
@@ -287,8 +385,8 @@ def _queries_kernel(
     grad_rows = b64 * stride_gb + h64 * stride_gh + row64 * stride_gl
     grad = tile(grad_ptr, grad_rows, row_ok, e, value_dim)
     stats = (b64 * heads + h64) * q_len + row64
-    lse, delta = _row_stats(lse_ptr, delta_ptr, stats, row_ok, UNIT)
-    lse, delta = lse[:, None], delta[:, None]
+    top, inverse, delta = _row_stats(top_ptr, inverse_ptr, delta_ptr, stats, row_ok)
+    top, inverse, delta = top[:, None], inverse[:, None], delta[:, None]
     q_square = 0.0
     if SIMILARITY != DOT and not EXACT:
         q_square = tl.load(q_square_ptr + stats, mask=row_ok, other=0.0)[:, None]
@@ -309,21 +407,21 @@ def _queries_kernel(
     for n_block in tl.range(inner_first, inner_last):
         acc, weights, grad_temperature, grad_slope = _query_step(
             acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i,
-            head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr,
+            head, row, top, inverse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr,
             k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
             keep_scale, batch_number, k_len, head_dim, value_dim, False, False, temperature_parts_ptr is not None,
-            slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D,
-            BLOCK_V,
+            slope_parts_ptr is not None, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N,
+            BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for edge in tl.range(first, last - (inner_last - inner_first)):
         n_block = tl.where(edge < inner_first, edge, edge + (inner_last - inner_first))
         acc, weights, grad_temperature, grad_slope = _query_step(
             acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows, row_ok, i,
-            head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr,
+            head, row, top, inverse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl, k_square_ptr,
             k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows, stride_mj, seed, threshold,
             keep_scale, batch_number, k_len, head_dim, value_dim, True, False, temperature_parts_ptr is not None,
-            slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N, BLOCK_D,
-            BLOCK_V,
+            slope_parts_ptr is not None, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_N,
+            BLOCK_D, BLOCK_V,
         )  # fmt: skip
     # A NaN in a key that no query of the block sees meets its weight of 0. Then again, with such keys as 0,
     # in narrow blocks, which cost the loops above no registers.
@@ -335,10 +433,10 @@ def _queries_kernel(
         for n_block in tl.range(first * (BLOCK_N // 16), last * (BLOCK_N // 16), num_stages=1):
             acc, weights, grad_temperature, grad_slope = _query_step(
                 acc, weights, grad_temperature, grad_slope, n_block, q, grad, q_ptr, q_rows, grad_ptr, grad_rows,
-                row_ok, i, head, row, lse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl,
+                row_ok, i, head, row, top, inverse, delta, q_square, k_ptr, v_ptr, k_base, v_base, stride_kl, stride_vl,
                 k_square_ptr, k_square_base, length, left, right, factor, softcap, slope, mask_ptr, mask_rows,
                 stride_mj, seed, threshold, keep_scale, batch_number, k_len, head_dim, value_dim, True, True,
-                temperature_parts_ptr is not None, slope_parts_ptr is not None, MASK, CAPPED, SLOPED, DROPOUT,
+                temperature_parts_ptr is not None, slope_parts_ptr is not None, NATURAL, MASK, CAPPED, SLOPED, DROPOUT,
                 SIMILARITY, EXACT, PRECISION, 16, BLOCK_D, BLOCK_V,
             )  # fmt: skip
     if temperature_parts_ptr is not None:
@@ -355,16 +453,16 @@ def _queries_kernel(
 @triton.jit
 def _key_step(
     grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square, grad_ptr,
-    lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed, threshold,
-    keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim, value_dim, start, stride_gb,
-    stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh, stride_mi, stride_mj, stride_th,
-    stride_ab, stride_ah,
-    EDGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
-    SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    top_ptr, inverse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap, seed,
+    threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim, value_dim, start,
+    stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh, stride_mi, stride_mj,
+    stride_th, stride_ab, stride_ah,
+    EDGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, NATURAL: tl.constexpr, MASK: tl.constexpr, CAPPED:
+    tl.constexpr, SLOPED: tl.constexpr, DROPOUT: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, PRECISION:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head for a block of keys."""
-    UNIT: tl.constexpr = 1.0 if MASK == FLOAT_MASK else 1.4426950408889634
+    UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
     h64 = head.to(tl.int64)
     factor = scale
     if temperature_ptr is not None:
@@ -379,7 +477,7 @@ def _key_step(
     grad_rows = b64 * stride_gb + h64 * stride_gh + row64 * stride_gl
     grad = tile(grad_ptr, grad_rows, row_ok, tl.arange(0, BLOCK_V), value_dim)
     stats = (b64 * heads + h64) * q_len + row64
-    lse, delta = _row_stats(lse_ptr, delta_ptr, stats, row_ok, UNIT)
+    top, inverse, delta = _row_stats(top_ptr, inverse_ptr, delta_ptr, stats, row_ok)
     q_square, q_inverse = 0.0, 1.0
     if SIMILARITY != DOT and not EXACT:
         q_square = tl.load(q_square_ptr + stats, mask=row_ok, other=0.0)[None, :]
@@ -388,10 +486,10 @@ def _key_step(
         mask_rows = b64 * stride_mb + h64 * stride_mh + row64 * stride_mi
     _, before_cap, sim, dropped = _score_gradients(
         q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, (row +
-        offset)[None, :], j, row * 0 + head, row, lse[None, :], delta[None, :], q_square, k_square, length, left, right,
-        factor * UNIT, softcap * UNIT, slope, mask_ptr, mask_rows[None, :] + n64[:, None] * stride_mj, seed, threshold,
-        keep_scale, batch_number, start, head_dim, value_dim, EDGE, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT,
-        True, PRECISION, BLOCK_N,
+        offset)[None, :], j, row * 0 + head, row, top[None, :], inverse[None, :], delta[None, :], q_square, k_square,
+        length, left, right, factor * UNIT, softcap * UNIT, slope, mask_ptr, mask_rows[None, :] + n64[:, None] *
+        stride_mj, seed, threshold, keep_scale, batch_number, start, head_dim, value_dim, EDGE, NATURAL, MASK, CAPPED,
+        SLOPED, DROPOUT, SIMILARITY, EXACT, True, PRECISION, BLOCK_N,
     )  # fmt: skip
     if VALUE:
         grad_v = dot(narrow(dropped, grad.dtype), grad, grad_v, PRECISION)
@@ -407,14 +505,15 @@ def _key_step(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "n_blocks", "left", "right", "lower_right"])
 def _keys_kernel(
-    grad_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, seed_ptr,
-    q_square_ptr, k_square_ptr, grad_k_ptr, grad_v_ptr, scale, softcap, threshold, keep_scale, left, right, lower_right,
-    heads, kv_heads, q_len, k_len, head_dim, value_dim, n_blocks, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh,
-    stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_xb, stride_xh, stride_xl,
-    stride_yb, stride_yh, stride_yl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah,
-    stride_nb,
-    MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, SEEDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    grad_ptr, top_ptr, inverse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr,
+    seed_ptr, q_square_ptr, k_square_ptr, grad_k_ptr, grad_v_ptr, scale, softcap, threshold, keep_scale, left, right,
+    lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, n_blocks, stride_gb, stride_gh, stride_gl,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_xb,
+    stride_xh, stride_xl, stride_yb, stride_yh, stride_yl, stride_mb, stride_mh, stride_mi, stride_mj, stride_th,
+    stride_ab, stride_ah, stride_nb,
+    NATURAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr,
+    SEEDS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value of a block of keys, from the queries of every head of its group."""
     SLOPED: tl.constexpr = slopes_ptr is not None
@@ -460,22 +559,24 @@ def _keys_kernel(
         head, m_block = kv_head * group + step // inner, inner_first + step % inner
         grad_k, grad_v, weights = _key_step(
             grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square,
-            grad_ptr, lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap,
-            seed, threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim,
-            value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh,
-            stride_mi, stride_mj, stride_th, stride_ab, stride_ah, False, grad_k_ptr is not None, grad_v_ptr is not
-            None, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            grad_ptr, top_ptr, inverse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr,
+            scale, softcap, seed, threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len,
+            head_dim, value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb,
+            stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah, False, grad_k_ptr is not None, grad_v_ptr
+            is not None, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N,
+            BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for step in tl.range(0, group * edges):
         head, edge = kv_head * group + step // edges, first + step % edges
         m_block = tl.where(edge < inner_first, edge, edge + inner)
         grad_k, grad_v, weights = _key_step(
             grad_k, grad_v, weights, m_block, head, k, v, k_ptr, k_rows, v_ptr, v_rows, j, j_ok, n64, k_square,
-            grad_ptr, lse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr, scale, softcap,
-            seed, threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len, head_dim,
-            value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb, stride_mh,
-            stride_mi, stride_mj, stride_th, stride_ab, stride_ah, True, grad_k_ptr is not None, grad_v_ptr is not None,
-            MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            grad_ptr, top_ptr, inverse_ptr, delta_ptr, q_ptr, mask_ptr, temperature_ptr, slopes_ptr, q_square_ptr,
+            scale, softcap, seed, threshold, keep_scale, batch_number, length, left, right, offset, b64, heads, q_len,
+            head_dim, value_dim, start, stride_gb, stride_gh, stride_gl, stride_qb, stride_qh, stride_ql, stride_mb,
+            stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah, True, grad_k_ptr is not None, grad_v_ptr
+            is not None, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, PRECISION, BLOCK_M, BLOCK_N,
+            BLOCK_D, BLOCK_V,
         )  # fmt: skip
     if grad_v_ptr is not None:
         at = b64 * stride_yb + kv64 * stride_yh + n64 * stride_yl
@@ -490,14 +591,15 @@ def _keys_kernel(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "left", "right", "lower_right", "rows", "columns", "chunk", "chunks"])
 def _mask_kernel(
-    grad_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr, seed_ptr,
-    q_square_ptr, k_square_ptr, parts_ptr, scale, softcap, threshold, keep_scale,
+    grad_ptr, top_ptr, inverse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, slopes_ptr, lengths_ptr,
+    seed_ptr, q_square_ptr, k_square_ptr, parts_ptr, scale, softcap, threshold, keep_scale,
     left, right, lower_right, heads, kv_heads, q_len, k_len, head_dim, value_dim, rows, columns, own_batch, own_heads,
     rest_heads, pairs, chunk, chunks, stride_gb, stride_gh, stride_gl,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_mb, stride_mh, stride_mi, stride_mj, stride_th, stride_ab, stride_ah, stride_nb,
-    MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr, SEEDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    NATURAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, SIMILARITY: tl.constexpr, EXACT: tl.constexpr,
+    SEEDS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A tile of the mask, of (own_batch, own_heads, rows, columns), each 1 where broadcast: its gradient summed over a
     chunk of the (batch, head) pairs that share it, and over all rows or columns that do."""
@@ -512,7 +614,7 @@ def _mask_kernel(
     m_all = tl.where(rows == q_len, 1, tl.cdiv(q_len, BLOCK_M))  # blocks that a broadcast row or column stands for
     n_all = tl.where(columns == k_len, 1, tl.cdiv(k_len, BLOCK_N))
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc, rest = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     pair_first, pair_last = part * chunk, tl.minimum(part * chunk + chunk, pairs)
     for step in tl.range(pair_first * m_all * n_all, pair_last * m_all * n_all):
         n_step, m_step, pair = step % n_all, (step // n_all) % m_all, step // (n_all * m_all)
@@ -543,8 +645,8 @@ def _mask_kernel(
         grad_rows = b64 * stride_gb + h64 * stride_gh + row64 * stride_gl
         v, grad = tile(v_ptr, v_rows, j_ok, e, value_dim), tile(grad_ptr, grad_rows, row_ok, e, value_dim)
         stats = (b64 * heads + h64) * q_len + row64
-        lse, delta = _row_stats(lse_ptr, delta_ptr, stats, row_ok, 1.0)
-        lse, delta = lse[:, None], delta[:, None]
+        top, inverse, delta = _row_stats(top_ptr, inverse_ptr, delta_ptr, stats, row_ok)
+        top, inverse, delta = top[:, None], inverse[:, None], delta[:, None]
         q_square, k_square = 0.0, 0.0
         if SIMILARITY != DOT and not EXACT:
             q_square = tl.load(q_square_ptr + stats, mask=row_ok, other=0.0)[:, None]
@@ -552,11 +654,12 @@ def _mask_kernel(
         mask_offsets = b64 * stride_mb + h64 * stride_mh + row64[:, None] * stride_mi + n64[None, :] * stride_mj
         ds, _, _, _ = _score_gradients(
             q, k, v, grad, q_ptr, q_rows, row_ok, k_ptr, k_rows, j_ok, v_ptr, v_rows, grad_ptr, grad_rows, (row +
-            offset)[:, None], n[None, :], row * 0 + head, row, lse, delta, q_square, k_square, length, left, right,
-            factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold, keep_scale, batch_number, start, head_dim,
-            value_dim, True, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION, BLOCK_N,
+            offset)[:, None], n[None, :], row * 0 + head, row, top, inverse, delta, q_square, k_square, length, left,
+            right, factor, softcap, slope, mask_ptr, mask_offsets, seed, threshold, keep_scale, batch_number, start,
+            head_dim, value_dim, True, NATURAL, MASK, CAPPED, SLOPED, DROPOUT, SIMILARITY, EXACT, False, PRECISION,
+            BLOCK_N,
         )  # fmt: skip
-        acc += ds
+        acc, rest = add(acc, rest, ds)
     m, n = m_tile * BLOCK_M + tl.arange(0, BLOCK_M), n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     base = parts_ptr + ((part.to(tl.int64) * own_batch + own_b) * own_heads + own_head) * rows * columns
     if rows != q_len:
@@ -578,6 +681,8 @@ def attention_bwd(
     """`mmkern::attention_bwd`: gradients of query, key, value, attn_mask, temperature, alibi_slopes and sinks, in their
     shapes; empty where the last argument's bit is not set."""
     *args, wanted = query, *rest
+    check.attention(*args)
+    check.attention_gradients(grad_out, grad_lse, out, lse, args, wanted)
     leaves = (*args[:4], args[8], args[12], args[14])
     found = [
         query.new_empty(0) if not wanted >> bit & 1 else like(t) if bit < 3 else t.new_empty(t.shape)
@@ -609,15 +714,18 @@ def _backward(
     delta, temperature, slopes, sinks = (
         lse.new_empty(per_row, dtype=torch.float32) if needed else None for needed in (True, *want[4:])
     )
+    m_blocks = cdiv(q_len, keep)
+    top, inverse = _sums(x, lse, options, False, keep, move)
     rows = batch * heads * q_len
     block_r = max(4096 // x.flags["BLOCK_V"], 1)
     launch(
-        _rows_kernel, cdiv(rows, block_r), lse, grad_out, grad_lse, out, lse, x.sinks, delta, sinks, rows, heads,
-        q_len, value_dim, *grad_out.stride(), *out.stride()[:3], *(grad_lse.stride() if grad_lse is not None else (0, 0,
-        0)), x.sinks.stride(0) if x.sinks is not None else 0, BLOCK_R=block_r, BLOCK_V=x.flags["BLOCK_V"],
+        _rows_kernel, cdiv(rows, block_r), lse, grad_out, grad_lse, out, top, inverse, x.sinks, delta, sinks, rows,
+        heads, q_len, value_dim, *grad_out.stride(), *out.stride()[:3], *(grad_lse.stride() if grad_lse is not None else
+        (0, 0, 0)), x.sinks.stride(0) if x.sinks is not None else 0, NATURAL=x.natural, BLOCK_R=block_r,
+        BLOCK_V=x.flags["BLOCK_V"],
     )  # fmt: skip
     pointers = (
-        grad_out, lse, delta, x.query, x.key, x.value, x.mask, x.temperature, x.slopes, x.lengths, x.seed,
+        grad_out, top, inverse, delta, x.query, x.key, x.value, x.mask, x.temperature, x.slopes, x.lengths, x.seed,
         x.query_squares, x.key_squares,
     )  # fmt: skip
     numbers = (x.scale, x.softcap, x.threshold, x.keep_scale, x.left, x.right, int(x.lower_right), *x.sizes[1:])
@@ -625,7 +733,6 @@ def _backward(
     terms = x.terms[:-1]
     if want[0] or want[4] or want[5]:
         grad_q = flat(found[0]) if want[0] else None
-        m_blocks = cdiv(q_len, keep)
         launch(
             _queries_kernel, m_blocks * batch * heads, lse, *pointers, grad_q, temperature, slopes, *numbers, m_blocks,
             *strides, *(grad_q.stride()[:3] if grad_q is not None else (0, 0, 0)), *terms, **options, BLOCK_M=keep,
@@ -634,10 +741,11 @@ def _backward(
     if want[1] or want[2]:
         grad_k, grad_v = (flat(found[i]) if want[i] else None for i in (1, 2))
         n_blocks = cdiv(k_len, keep)
+        sums = _sums(x, lse, options, True, move, keep)
         launch(
-            _keys_kernel, n_blocks * batch * kv_heads, lse, *pointers, grad_k, grad_v, *numbers, n_blocks, *strides,
-            *(n for t in (grad_k, grad_v) for n in (t.stride()[:3] if t is not None else (0, 0, 0))), *terms, **options,
-            BLOCK_M=move, BLOCK_N=keep,
+            _keys_kernel, n_blocks * batch * kv_heads, lse, grad_out, *sums, *pointers[3:], grad_k, grad_v, *numbers,
+            n_blocks, *strides, *(n for t in (grad_k, grad_v) for n in (t.stride()[:3] if t is not None else (0, 0,
+            0))), *terms, **options, BLOCK_M=move, BLOCK_N=keep,
         )  # fmt: skip
     if want[3]:
         assert mask is not None
@@ -647,6 +755,22 @@ def _backward(
             sums = parts.sum(-1, dtype=torch.float64) if i == 5 else parts.sum((0, 2), dtype=torch.float64)
             found[i].copy_(sums.view(found[i].shape))
     return tuple(found)
+
+
+def _sums(
+    x: Inputs, lse: Tensor, options: dict[str, Any], transposed: bool, block_m: int, block_n: int
+) -> tuple[Tensor, Tensor]:
+    batch, heads, _, q_len = x.sizes[:4]
+    top, inverse = lse.new_empty((2, batch, heads, q_len)).unbind()
+    options = {name: value for name, value in options.items() if name not in ("SEEDS", "BLOCK_V")}
+    m_blocks = cdiv(q_len, block_m)
+    launch(
+        _sums_kernel, m_blocks * batch * heads, lse, lse, top, inverse, x.query, x.key, x.mask, x.temperature, x.slopes,
+        x.lengths, x.sinks, x.query_squares, x.key_squares, x.scale, x.softcap, x.left, x.right, int(x.lower_right),
+        *x.sizes[1:6], m_blocks, *x.query.stride()[:3], *x.key.stride()[:3], *x.terms, **options, TRANSPOSED=transposed,
+        BLOCK_M=block_m, BLOCK_N=block_n,
+    )  # fmt: skip
+    return top, inverse
 
 
 def _mask_gradient(

@@ -107,8 +107,8 @@ def scores(
 ):  # fmt: skip
     """Scores of a tile, minus infinity where hidden; which are visible; and tanh(score / softcap), for its slope.
 
-    In natural units with a float mask, which may hold numbers that times log2(e) overflow, else in those of base 2:
-    factor, softcap and slope bring the unit. EDGE: positions have to be tested. `i_ok`: rows that exist.
+    factor, softcap and slope bring the unit: natural where they or a float mask may hold numbers that times log2(e)
+    overflow, else that of base 2. EDGE: positions have to be tested. `i_ok`: rows that exist.
     """
     s = sim * factor
     capped = s

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkern.kernels import check
 from mmkern.kernels.launch import launch
-from mmkern.kernels.numerics import LN2, LOG2E, narrow, wide
+from mmkern.kernels.numerics import LN2, LOG2E, add, narrow, wide
 from mmkern.kernels.rows import Rows, at, place
 
 MEAN = 1
@@ -48,6 +49,7 @@ def _cross_entropy_kernel(
     top = tl.full([ROWS, 1], -float("inf"), tl.float32)
     base = tl.zeros([ROWS, 1], tl.float32)  # the maximum where finite: what sums are relative to
     total, terms = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
+    rest, terms_rest, dots_rest = total, total, total
     dots, x_own = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, width, COLUMNS):
@@ -56,7 +58,8 @@ def _cross_entropy_kernel(
         x = wide(tl.load(x_ptr + x_rows + m.to(tl.int64) * xn, mask=inside, other=-float("inf")))
         highest = tl.maximum(top, tl.max(x, 1)[:, None])
         before, base = base, tl.where(tl.abs(highest) < float("inf"), highest, 0.0)
-        total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((x - base) * LOG2E), 1)[:, None]
+        down = tl.exp2((top - base) * LOG2E)
+        total, rest = add(total * down, rest * down, tl.sum(tl.exp2((x - base) * LOG2E), 1)[:, None])
         top = highest
         if SOFT or SMOOTH:
             w = tl.full([1, COLUMNS], 1.0, tl.float32)
@@ -66,8 +69,9 @@ def _cross_entropy_kernel(
             if SOFT:
                 t = wide(tl.load(target_ptr + t_rows + m.to(tl.int64) * tn, mask=inside, other=0.0))
                 term = w * (keep * t + share)
-            dots += terms * (before - base) + tl.sum(tl.where(inside, term * (x - base), 0.0), 1)[:, None]
-            terms += tl.sum(tl.where(inside, term, 0.0), 1)[:, None]
+            moved = tl.where(terms == 0.0, 0.0, terms * (before - base))
+            dots, dots_rest = add(dots, dots_rest, moved + tl.sum(tl.where(inside, term * (x - base), 0.0), 1)[:, None])
+            terms, terms_rest = add(terms, terms_rest, tl.sum(tl.where(inside, term, 0.0), 1)[:, None])
         if not SOFT:
             x_own += tl.sum(tl.where(inside & (m == target), x, 0.0), 1)[:, None]
     log_total = tl.where(top == float("inf"), float("nan"), tl.log2(total))
@@ -153,6 +157,7 @@ def cross_entropy_fwd(
     wide: bool, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`mmkern::cross_entropy_fwd`: the loss; gradients for input and target, empty if not wanted; their multiplier."""
+    check.cross_entropy(input, target, weight, reduction, label_smoothing, wanted)
     dim = min(1, input.dim() - 1)
     soft = target.is_floating_point()
     shape = (*input.shape[:dim], *input.shape[dim + 1 :])
@@ -209,6 +214,7 @@ def _divisor(
 
 def cross_entropy_bwd(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
     """`mmkern::cross_entropy_bwd`: grad * grad_loss / unit, with a grad_loss for each position or one for all."""
+    check.scaled(grad, grad_loss, unit)
     out = like_logits(grad)
     _scale(grad, out, grad_loss, unit)
     return out
@@ -216,6 +222,7 @@ def cross_entropy_bwd(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> T
 
 def cross_entropy_bwd_(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> None:
     """`mmkern::cross_entropy_bwd_`: the same, into grad."""
+    check.scaled(grad, grad_loss, unit)
     _scale(grad, grad, grad_loss, unit)
 
 

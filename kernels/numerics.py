@@ -41,6 +41,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add(total, rest, x):
+    """total + x, and what to take off the next x for the rounding so far (Kahan): sums of any number of parts."""
+    x = x - rest
+    found = total + x
+    return found, tl.where(tl.abs(found) < float("inf"), (found - total) - x, 0.0)
+
+
+@triton.jit
 def tanh(x):
     """Of float32. By its series below 1/4, where 1 - 2 / (1 + exp(2 x)) would cancel; both within 3 ulp."""
     square = x * x

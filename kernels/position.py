@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkern.kernels import check
 from mmkern.kernels.launch import cdiv, launch, power_of_2
-from mmkern.kernels.numerics import keep_tile, narrow, sincos, wide
+from mmkern.kernels.numerics import add, keep_tile, narrow, sincos, wide
 from mmkern.kernels.turns import turns
 
 NONE, SINUSOIDAL, SCALAR, SINCOS2D, TABLE = (tl.constexpr(i) for i in range(5))
@@ -115,7 +116,7 @@ def _table_gradient_kernel(
     r = (pid % l_blocks).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     start = pid // l_blocks * BLOCK_D
     column = start + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    acc, rest = tl.zeros([BLOCK_L, BLOCK_D], tl.float32), tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     zero = tl.full([], 0, tl.int64)
     for step in tl.range(0, entries):
         entry = step + zero  # int64; the interpreter's is a plain number
@@ -132,7 +133,7 @@ def _table_gradient_kernel(
                 tl.load(seed_ptr), threshold, i * 0 + entry // heads, i * 0 + entry % heads, i, start, BLOCK_D
             )
             grad = tl.where(keep, grad * keep_scale, 0.0)
-        acc += grad
+        acc, rest = add(acc, rest, grad)
     ok = (r < table_rows)[:, None] & (column < dim)[None, :]
     tl.store(out_ptr + r[:, None] * dim + column[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=ok)
 
@@ -149,7 +150,7 @@ def _embedding_gradient_kernel(
     column = start + tl.arange(0, BLOCK_D)
     first, last = tl.load(starts_ptr + token), tl.load(starts_ptr + token + 1)
     last = tl.where(token == padding_idx, first, last)
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    acc, rest = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for at in tl.range(first, last, BLOCK_R):
         place = at + tl.arange(0, BLOCK_R)
         row = tl.load(order_ptr + place, mask=place < last, other=0)
@@ -161,7 +162,7 @@ def _embedding_gradient_kernel(
                 tl.load(seed_ptr), threshold, entry // heads, entry % heads, row[:, None] % length, start, BLOCK_D
             )
             grad = tl.where(keep, grad * keep_scale, 0.0)
-        acc += tl.sum(tl.where(ok, grad, 0.0), 0)
+        acc, rest = add(acc, rest, tl.sum(tl.where(ok, grad, 0.0), 0))
     tl.store(out_ptr + token * dim + column, narrow(acc, out_ptr.dtype.element_ty), mask=column < dim)
 
 
@@ -204,6 +205,9 @@ def add_positional_encoding_fwd(
     dropout_seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`mmkern::add_positional_encoding_fwd`: x (..., length, dim) -> the same shape."""
+    check.given("x", x, rank=2)
+    check.encoding(encoding, table, offset, offsets, x, x.shape)
+    check.dropout(dropout_p, dropout_seed, x)
     out = empty_rows(x)
     heads = x.shape[-3] if x.dim() > 2 else 1
     rest = (encoding, table, offset, offsets, scale, dropout_p, dropout_seed, heads, x.shape)
@@ -216,6 +220,11 @@ def embed_tokens_fwd(
     scale: float, dropout_p: float, padding_idx: int | None, dropout_seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`mmkern::embed_tokens_fwd`: tokens (..., length), weight (vocabulary, dim) -> (..., length, dim)."""
+    check.given("weight", weight, rank=2)
+    check.given("weight", weight, shape=weight.shape[:2])
+    check.given("tokens", tokens, weight, (torch.int64, torch.int32), rank=1)
+    check.encoding(encoding, table, offset, offsets, weight, (*tokens.shape, weight.shape[1]))
+    check.dropout(dropout_p, dropout_seed, weight)
     out = weight.new_empty(*tokens.shape, weight.shape[1])
     entries, heads = tokens.shape[:-1].numel(), tokens.shape[-2] if tokens.dim() > 1 else 1
     view = out.view(entries, 1, *out.shape[-2:])
@@ -250,6 +259,10 @@ def position_table_bwd(
     grad: Tensor, max_length: int, offset: int, offsets: Tensor | None, dropout_p: float, dropout_seed: Tensor | None
 ) -> Tensor:  # fmt: skip
     """`mmkern::position_table_bwd`: grad (..., length, dim) -> (max_length, dim)."""
+    check.given("grad", grad, rank=2)
+    check.encoding("none", None, offset, offsets, grad, grad.shape)
+    check.dropout(dropout_p, dropout_seed, grad)
+    check.between("max_length", max_length, 0, 2**62)
     out = grad.new_empty(max_length, grad.shape[-1])
     heads = grad.shape[-3] if grad.dim() > 2 else 1
     view = rows_of(grad)
@@ -272,6 +285,12 @@ def embed_tokens_bwd(
     dropout_seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`mmkern::embed_tokens_bwd`: grad (..., length, dim), tokens (..., length) -> (vocabulary, dim)."""
+    check.given("tokens", tokens, grad, (torch.int64, torch.int32), rank=1)
+    check.given("grad", grad, shape=(*tokens.shape, grad.shape[-1] if grad.dim() else 0))
+    check.dropout(dropout_p, dropout_seed, grad)
+    check.between("vocabulary", vocabulary, 0, 2**62)
+    if padding_idx is not None:
+        check.between("padding_idx", padding_idx, 0, vocabulary - 1)
     dim = grad.shape[-1]
     out = grad.new_empty(vocabulary, dim)
     if not grad.numel():

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkern.kernels import check
 from mmkern.kernels.launch import cdiv, launch, power_of_2
 from mmkern.kernels.numerics import narrow, sincos, wide
 from mmkern.kernels.position import empty_rows, rows_of
@@ -97,6 +98,7 @@ def rotary_fwd(
     inverse: bool,
 ) -> Tensor:  # fmt: skip
     """`mmkern::rotary_fwd`: q (..., length, dim) turned."""
+    check.rotary(q, None, positions, base, layout, rotary_dim, grid)
     return _rotary([q], positions, base, layout, rotary_dim, grid, inverse)[0]
 
 
@@ -105,6 +107,7 @@ def rotary_qk_fwd(
     grid: Sequence[int] | None, inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`mmkern::rotary_qk_fwd`: q and k (..., length, dim) turned."""
+    check.rotary(q, k, positions, base, layout, rotary_dim, grid)
     q_out, k_out = _rotary([q, k], positions, base, layout, rotary_dim, grid, inverse)
     return q_out, k_out
 

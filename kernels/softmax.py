@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkern.kernels import check
 from mmkern.kernels.launch import launch
-from mmkern.kernels.numerics import LN2, LOG2E, keep_at, keep_tile, narrow, wide
+from mmkern.kernels.numerics import LN2, LOG2E, add, keep_at, keep_tile, narrow, wide
 from mmkern.kernels.rows import at, collapsed, like_input, place
 
 NO_TERM, BOOL_TERM, FLOAT_TERM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -39,13 +40,14 @@ def _softmax_kernel(
         tl.store(out_ptr + out_rows + n * yn, narrow(y, out_ptr.dtype.element_ty), mask=inside)
     else:
         top = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        total, rest = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         for start in tl.range(0, width, COLUMNS):
             inside = ok[:, None] & (start + n < width)
             x = wide(tl.load(x_ptr + x_rows + (start + n) * xn, mask=inside, other=-float("inf")))
             highest = tl.maximum(top, tl.max(x, 1))
             base = tl.where(highest == -float("inf"), 0.0, highest)
-            total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((x - base[:, None]) * LOG2E), 1)
+            down = tl.exp2((top - base) * LOG2E)
+            total, rest = add(total * down, rest * down, tl.sum(tl.exp2((x - base[:, None]) * LOG2E), 1))
             top = highest
         top, total = top[:, None], total[:, None]
         for start in tl.range(0, width, COLUMNS):
@@ -78,13 +80,13 @@ def _softmax_bwd_kernel(
             found = y * (g - tl.sum(g * y, 1)[:, None])
         tl.store(out_ptr + out_rows + n * on, narrow(found, out_ptr.dtype.element_ty), mask=inside)
     else:
-        total = tl.zeros([ROWS], tl.float32)
+        total, rest = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         for start in tl.range(0, width, COLUMNS):
             inside = ok[:, None] & (start + n < width)
             g = wide(tl.load(grad_ptr + g_rows + (start + n) * gn, mask=inside, other=0.0))
             if not LOG:
                 g = g * wide(tl.load(y_ptr + y_rows + (start + n) * yn, mask=inside, other=0.0))
-            total += tl.sum(g, 1)
+            total, rest = add(total, rest, tl.sum(g, 1))
         for start in tl.range(0, width, COLUMNS):
             inside = ok[:, None] & (start + n < width)
             g = wide(tl.load(grad_ptr + g_rows + (start + n) * gn, mask=inside, other=0.0))
@@ -144,7 +146,7 @@ def _masked_kernel(
     g_rows = at(a, b, c, i, g0, g1, g2, g3)
     n = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    total, rest = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     base = tl.zeros([ROWS], tl.float32)
     if y_ptr is None:
         for start in tl.range(0, width, COLUMNS):
@@ -156,10 +158,11 @@ def _masked_kernel(
             )  # fmt: skip
             highest = tl.maximum(top, tl.max(s, 1))
             base = tl.where(highest == -float("inf"), 0.0, highest)
-            total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((s - base[:, None]) * LOG2E), 1)
+            down = tl.exp2((top - base) * LOG2E)
+            total, rest = add(total * down, rest * down, tl.sum(tl.exp2((s - base[:, None]) * LOG2E), 1))
             top = highest
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-    delta = tl.zeros([ROWS], tl.float32)
+    delta, rest = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for way in tl.static_range(2 if BACKWARD else 1):  # backward: the row's sum, then its gradients
         for start in tl.range(0, width, COLUMNS):
             inside = ok[:, None] & (start + n < width)
@@ -182,7 +185,7 @@ def _masked_kernel(
                     g = tl.where(keep, g * keep_scale, 0.0)
                 g, w = tl.where(visible, g, 0.0), tl.where(visible, w, 0.0)
                 if way == 0:
-                    delta += tl.sum(g * w, 1)
+                    delta, rest = add(delta, rest, tl.sum(g * w, 1))
                 else:
                     found = tl.where(visible, w * (g - delta[:, None]), 0.0) * grad_scale
                     tl.store(out_ptr + at_out, narrow(found, out_ptr.dtype.element_ty), mask=inside)
@@ -207,6 +210,7 @@ def _run(kernel: object, tensors: list[Tensor], dim: int, log: bool) -> None:
 
 def softmax_fwd(input: Tensor, dim: int) -> Tensor:
     """`mmkern::softmax_fwd`: any shape -> the same, contiguous."""
+    check.softmax(input, dim)
     out = like_input(input)
     _run(_softmax_kernel, [input, out], dim, False)
     return out
@@ -214,6 +218,7 @@ def softmax_fwd(input: Tensor, dim: int) -> Tensor:
 
 def log_softmax_fwd(input: Tensor, dim: int) -> Tensor:
     """`mmkern::log_softmax_fwd`."""
+    check.softmax(input, dim)
     out = like_input(input)
     _run(_softmax_kernel, [input, out], dim, True)
     return out
@@ -230,6 +235,7 @@ def log_softmax_out(input: Tensor, dim: int, out: Tensor) -> None:
 
 
 def _into(input: Tensor, dim: int, out: Tensor, log: bool) -> None:
+    check.softmax(input, dim, ("out", out))
     overlaps = input.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
     same = input.data_ptr() == out.data_ptr() and input.stride() == out.stride()
     if overlaps and not same:
@@ -244,6 +250,7 @@ def _into(input: Tensor, dim: int, out: Tensor, log: bool) -> None:
 
 def softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
     """`mmkern::softmax_bwd`: from the gradient of the output, and the output."""
+    check.softmax(output, dim, ("grad", grad))
     out = like_input(output)
     _run(_softmax_bwd_kernel, [grad, output, out], dim, False)
     return out
@@ -251,6 +258,7 @@ def softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
 
 def log_softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
     """`mmkern::log_softmax_bwd`."""
+    check.softmax(output, dim, ("grad", grad))
     out = like_input(output)
     _run(_softmax_bwd_kernel, [grad, output, out], dim, True)
     return out
@@ -289,6 +297,7 @@ def masked_softmax_fwd(
     dropout_seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`mmkern::masked_softmax_fwd`."""
+    check.masked_softmax(input, mask, scale, bias, dim, dropout_p, dropout_seed)
     out = like_input(input)
     _masked(input, out, mask, scale, bias, dim, dropout_p, dropout_seed)
     return out
@@ -299,8 +308,12 @@ def masked_softmax_bwd(
     dim: int, dropout_p: float, dropout_seed: Tensor | None, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`mmkern::masked_softmax_bwd`: gradients of input, mask and bias, empty where their bit is not set."""
-    if output is not None:
-        input = None
+    x = output if dropout_seed is None else input
+    if x is None or (input is not None and output is not None):
+        check.refuse("output, input", "one of them: input with dropout_seed, output without")
+    check.masked_softmax(x, mask, scale, bias, dim, dropout_p, dropout_seed)
+    check.given("grad", grad, x, (x.dtype,), x.shape)
+    check.wanted(wanted, (x, mask, bias))
     rest = (mask, scale, bias, dim, dropout_p, dropout_seed, grad, output)
     found = [grad.new_empty(0)] * 3
     if wanted & 1:

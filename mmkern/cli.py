@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import time
@@ -26,6 +27,7 @@ import mmkern
 from mmkern.benchmarks import machine, model, report, suite
 from mmkern.benchmarks.measure import DTYPES, Case, Result, measure
 from mmkern.training import commands
+from mmkern.training.console import plain
 
 BUDGET = {"quick": 0.15, "default": 0.15, "full": 2.0}  # seconds of timing per case
 MODEL_BUDGET = {"quick": 8.0, "default": 16.0, "full": 60.0}
@@ -46,8 +48,8 @@ Full = Annotated[bool, typer.Option("--full", help="All cases, the longest seque
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+    console = plain()
+    return console if console.is_terminal else plain(width=PIPE_WIDTH)
 
 
 def _names(text: str) -> list[str]:
@@ -75,8 +77,8 @@ def _select(ops: str, dtypes: str, quick: bool, full: bool, device: str = "cpu")
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr; call what it yields before each step."""
-    columns = TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = TextColumn("{task.description:<52}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=plain(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         done = -1
 
@@ -238,6 +240,8 @@ def explain(
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """Entry point: a wrong option is one line on stderr and status 2, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may have letters that this one lacks
     try:
         status: Any = app(
             args=None if arguments is None else list(arguments), prog_name="mmkern", standalone_mode=False

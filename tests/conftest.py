@@ -1,6 +1,6 @@
-"""Without a GPU, Triton's kernels are tested in its interpreter, which has to be on before they are imported.
+"""Settings that have to be made before a test imports anything: Triton's interpreter, and threads of each process.
 
-`pytest --ptx 90 tests/test_triton_softmax.py` runs instead what Triton compiles for that capability, on the CPU.
+`pytest --ptx 90 tests/test_triton_softmax.py` runs, in the interpreter's place, what Triton compiles for a capability.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+# pytest-xdist starts several processes: threads of all of them together are as many as the cores.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

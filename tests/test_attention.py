@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import mmkern
 from mmkern import scaled_dot_product_attention as attention
@@ -111,8 +112,36 @@ def test_ranks(name: str, dtype: torch.dtype) -> None:
     assert_accurate(out, scores.softmax(-1) @ wide[2])
     assert_accurate(lse, scores.logsumexp(-1), dtype=lse.dtype)
     assert out.shape == F.scaled_dot_product_attention(*wide[:3]).shape
-    order = out.transpose(-3, -2) if out.dim() > 3 else out
-    assert order.is_contiguous(), "merging the heads should be free"
+    assert out.is_contiguous(), "as the query is"
+
+
+PLACES = {  # (2, 3, 5, 8) in memory orders that models use
+    "contiguous": lambda: randn(2, 3, 5, 8),
+    "projection": lambda: randn(2, 5, 3, 8).transpose(1, 2),
+    "packed projection": lambda: randn(2, 5, 3, 3, 8)[:, :, 0].transpose(1, 2),
+    "length first": lambda: randn(5, 2, 3, 8).permute(1, 2, 0, 3),
+    "every other": lambda: randn(2, 3, 10, 8)[:, :, ::2],
+    "one for all": lambda: randn(1, 3, 5, 8).expand(2, -1, -1, -1),
+    "columns apart": lambda: randn(2, 3, 8, 5).mT,
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "fake"])
+@pytest.mark.parametrize("name", PLACES)
+def test_output_lies_as_torchs(name: str, backend: str) -> None:
+    q = PLACES[name]()
+    expected = F.scaled_dot_product_attention(q, q, q).stride()
+    wider = torch.cat([q, q], -1)  # of values: another size than the query's, where torch forgets the order
+    if backend == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            q, wider = mode.from_tensor(q), mode.from_tensor(wider)
+            found, wide = attention(q, q, q), attention(q, q, wider)
+    else:
+        with mmkern.backend(backend):
+            found, wide = attention(q, q, q), attention(q, q, wider)
+    assert found.stride() == expected
+    order = wide.transpose(1, 2) if "projection" in name else wide
+    assert "length" in name or order.is_contiguous(), "merging the heads should be free"
 
 
 def test_score_sizes() -> None:

@@ -28,19 +28,19 @@ def small(monkeypatch):
 
 
 def test_bench_prints_tables_and_writes_both_reports(small, tmp_path):
-    result = run(cli.app, ["bench", "--quick", "--no-model", "--output", str(tmp_path / "out")])
+    result = run(cli.app, ["bench", "--quick", "--no-model", "--output", str(tmp_path / "[/out]")])
     assert result.exit_code == 0, result.output
-    found = report.Report.from_json((tmp_path / "out" / "report.json").read_text())
+    found = report.Report.from_json((tmp_path / "[/out]" / "report.json").read_text())
     assert {r.op for r in found.results} == {"softmax", "log_softmax"}
     assert all(r.status == "ok" and len(r.pair.ours) >= 5 for r in found.results)
     assert found.options["level"] == "quick"
     assert found.machine["torch"] == torch.__version__
-    markdown = (tmp_path / "out" / "report.md").read_text()
+    markdown = (tmp_path / "[/out]" / "report.md").read_text()
     for text in (result.output, markdown):
         assert "geometric mean" in text
         assert "8x32" in text
         assert report.speedup(found.results[0].pair) in text
-    assert "report.md" in result.output
+    assert "[/out]/report.md" in result.output
 
 
 def test_bench_and_verify_fail_when_a_case_is_wrong(small, tmp_path, monkeypatch):

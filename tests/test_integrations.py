@@ -1,8 +1,8 @@
-"""mmkern inside torch modules and Transformers models gives what their own attention gives."""
+"""mmkern inside Transformers models gives what their own attention gives."""
 
+import copy
 import functools
-import subprocess
-import sys
+import types
 
 import pytest
 import torch
@@ -11,13 +11,14 @@ import torch.nn.functional as F
 import mmkern
 import mmkern.testing
 from mmkern.benchmarks import model as minilm
-from mmkern.integrations import torch as integration
 
 transformers = pytest.importorskip("transformers")
-from mmkern.integrations.transformers import register  # noqa: E402
+import architecture_cases  # noqa: E402
+
+from mmkern.integrations._told_mask import ToldMask, added  # noqa: E402
+from mmkern.integrations.transformers import attention_forward, register  # noqa: E402
 
 needs_weights = pytest.mark.skipif(bool(minilm.missing()), reason=f"MiniLM: {minilm.missing()}")
-OPS = ("scaled_dot_product_attention", "softmax", "log_softmax")
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,6 @@ load = functools.cache(minilm.load)
 def ops_of(function, *args, **kwargs) -> list[str]:
     with torch.no_grad():
         return [choice.op for choice in mmkern.explain(function, *args, **kwargs)]
-
-
-# ---- Transformers
 
 
 @needs_weights
@@ -153,91 +151,134 @@ def test_t5_position_bias(padded):
     assert ops_of(encoders[0], tokens, attention_mask=mask) == ["attention_fwd"] * 2
 
 
-def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ValueError, match=r"output_attentions.*eager"):
-        tiny("llama", "mmkern")(torch.ones(1, 3, dtype=torch.long), output_attentions=True)
+ATTENTION = types.SimpleNamespace()  # a module that says nothing about itself
 
 
-# ---- torch
+def heads(*lengths: int) -> list[torch.Tensor]:
+    return [mmkern.testing.randn(1, 2, length, 8, seed=seed) for seed, length in enumerate(lengths)]
 
 
-def attend(x: torch.Tensor) -> torch.Tensor:
-    return F.softmax(F.scaled_dot_product_attention(x, x, x, is_causal=True), dim=-1)
+def test_a_keyword_that_is_not_known_is_refused():
+    q, k, v = heads(3, 3, 3)
+    expected = attention_forward(ATTENTION, q, k, v, None)[0]
+    for name in ("position_ids", "deterministic", "output_router_logits", "max_length_q"):
+        assert torch.equal(attention_forward(ATTENTION, q, k, v, None, **{name: 1})[0], expected), name
+    assert torch.equal(attention_forward(ATTENTION, q, k, v, None, block_indices=None)[0], expected)
+    for name in ("block_indices", "cache", "anything"):
+        with pytest.raises(ValueError, match=f"{name}: SimpleNamespace passes it.*eager"):
+            attention_forward(ATTENTION, q, k, v, None, **{name: 1})
+    with pytest.raises(ValueError, match="cu_seq_lens_q, cu_seq_lens_k: expected both"):
+        attention_forward(ATTENTION, q, k, v, None, cu_seq_lens_q=torch.tensor([0, 3]))
 
 
-def test_patched_is_explicit_nested_and_undone():
-    before = {name: getattr(F, name) for name in OPS}
-    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
-    expected = attend(x)
-    assert ops_of(attend, x) == []
-    with integration.patched():
-        with integration.patched():
-            assert F.scaled_dot_product_attention is mmkern.scaled_dot_product_attention
-        assert ops_of(attend, x) == ["attention_fwd", "softmax_fwd"]
-        assert torch.allclose(attend(x), expected, atol=1e-6)
-        assert F.softmax(x, -1, dtype=torch.float64).dtype == torch.float64
-        with pytest.warns(UserWarning, match="Implicit dimension"):
-            F.softmax(x)
-    assert {name: getattr(F, name) for name in OPS} == before
-    with pytest.raises(ZeroDivisionError), integration.patched():
-        1 / 0  # noqa: B018
-    assert {name: getattr(F, name) for name in OPS} == before
-    assert ops_of(attend, x) == []
+def test_keywords_that_say_what_is_visible_are_applied():
+    q, k, v = heads(6, 6, 6)
+    same = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool()
+    chosen = torch.eye(6).bool() | (torch.arange(6) == 3)
+    sinks = mmkern.testing.randn(1, 2, 6, 1, seed=4)
+    starts, owner = torch.tensor([0, 2, 6]), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    indices = torch.tensor([[[i, 3, -1] for i in range(6)]])
+    scores = q @ k.mT / 8**0.5
+    for visible, keywords in (
+        (same, {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}),
+        (same, {"seq_idx": owner}),
+        (chosen, {"indices": indices}),
+        (chosen & same, {"indices": indices, "seq_idx": owner}),
+        (same, {"seq_idx": owner, "sinks": sinks}),
+    ):
+        expected = torch.cat([scores.masked_fill(~visible, -torch.inf), keywords.get("sinks", scores[..., :0])], -1)
+        expected = expected.softmax(-1)[..., :6]
+        out, weights = attention_forward(ATTENTION, q, k, v, None, output_attentions=True, **keywords)
+        torch.testing.assert_close(out.transpose(1, 2), expected @ v)
+        torch.testing.assert_close(weights, expected)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_patch_reaches_torch_encoder_layers_even_in_inference(grad):
-    torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0).eval()
-    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    x = torch.randn(2, 7, 32)
-    with torch.set_grad_enabled(grad):
-        expected = encoder(x)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        assert integration.patch(encoder) is encoder
-        assert integration.patch(encoder) is encoder
-        assert [c.op for c in mmkern.explain(encoder, x)] == ["attention_fwd"] * 2
-        assert torch.allclose(encoder(x), expected, atol=1e-5)
-        assert integration.unpatch(encoder) is encoder
-        assert [c.op for c in mmkern.explain(encoder, x)] == []
-        assert torch.equal(encoder(x), expected)
-    assert "forward" not in vars(encoder)
-    assert torch.backends.mha.get_fastpath_enabled() == fast
-    integration.unpatch(encoder)
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt_oss", "gemma2", "bart", "distilbert", "inkling2_text"])
+def test_attention_maps_are_those_of_eager(kind):
+    eager, ours = architecture_cases.pair(kind)
+    arguments, mask = architecture_cases.inputs(eager, "right")
+    rows = mask.bool()
+    with torch.no_grad():
+        expected, actual = (m(**arguments, output_attentions=True, use_cache=False) for m in (eager, ours))
+    names = [name for name in expected if name.endswith("attentions") and expected[name]]
+    assert names
+    for name in names:
+        for layer in zip(actual[name], expected[name], strict=True):
+            own = layer[0].shape[-2] == rows.shape[-1]  # queries that are padding see what nobody asks for
+            torch.testing.assert_close(*(t.transpose(1, 2)[rows] if own else t for t in layer), rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_pass_through_a_patched_model():
-    torch.manual_seed(0)
-    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
-    x = torch.randn(2, 5, 16)
+def test_told_masks_are_what_they_say_and_notice_edits():
+    lengths = torch.tensor([5, 3])
+    for dtype in (torch.bool, torch.float32):
+        for causal in (True, False):
+            visible = (torch.arange(5) < lengths[:, None])[:, None, None] & torch.ones(5, 5).tril(
+                5 * (not causal)
+            ).bool()
+            expected = visible if dtype == torch.bool else added(visible, dtype)
+            told = ToldMask.tell((2, 1, 5, 5), dtype, "cpu", is_causal=causal, lengths=lengths)
+            assert (told.shape, told.dtype, told.ndim) == ((2, 1, 5, 5), dtype, 4)
+            assert told.written is None
+            assert type(told[:, :, 1:]) is torch.Tensor
+            assert torch.equal(told[:, :, 1:], expected[:, :, 1:])
+            assert torch.equal(copy.deepcopy(told) + 0, expected + 0)
+    q, k, v = (torch.cat([t, t]) for t in heads(5, 5, 5))
+    told = ToldMask.tell((2, 1, 5, 5), torch.bool, "cpu", is_causal=True, lengths=lengths)
+    plain = told.clone()
+    for mask in (told, plain):
+        mask[0, 0, :, 1] = False
+        mask[1].logical_not_()
+    want = F.scaled_dot_product_attention(q, k, v, plain).transpose(1, 2)
+    torch.testing.assert_close(attention_forward(ATTENTION, q, k, v, told)[0], want)
 
-    def gradient():
-        attention.zero_grad()
-        attention(x, x, x, need_weights=False)[0].square().sum().backward()
-        return attention.in_proj_weight.grad.clone()
 
-    expected = gradient()
-    integration.patch(attention)
-    assert torch.allclose(gradient(), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_nothing_of_an_example_stays_in_a_traced_model():
+    eager, ours = architecture_cases.pair("bert")
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = ours
+
+        def forward(self, tokens, mask):
+            return self.model(input_ids=tokens, attention_mask=mask).logits
+
+    example = tuple(architecture_cases.inputs(ours, "right")[0].values())
+    with torch.no_grad():
+        made = [torch.jit.trace(Logits(), example, check_trace=False), torch.export.export(Logits(), example).module()]
+        made.append(torch.compile(Logits(), backend="eager", fullgraph=True))
+        for padding in ("right", "left", "none"):
+            arguments, mask = architecture_cases.inputs(eager, padding)
+            expected = eager(**arguments).logits[mask.bool()]
+            for model in made:
+                torch.testing.assert_close(model(*arguments.values())[mask.bool()], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_importing_patches_nothing():
-    code = (
-        "import torch.nn.functional as F; before = F.scaled_dot_product_attention, F.softmax;"
-        "import mmkern, mmkern.integrations.torch, sys;"
-        "assert before == (F.scaled_dot_product_attention, F.softmax);"
-        "assert 'transformers' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_trains_as_eager():
+    """Gradients of parameters, position bias and sinks among them, also when layers are computed again."""
+    for kind in ("t5", "gpt_oss"):
+        found = []
+        for model in architecture_cases.pair(kind):
+            arguments, mask = architecture_cases.inputs(model, "right")
+            if kind == "gpt_oss":
+                model.gradient_checkpointing_enable()
+                model.train()
+            logits = model(**arguments, use_cache=False).logits
+            logits = logits if kind == "t5" else logits[mask.bool()]
+            (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+            found.append([p.grad for p in model.parameters() if p.grad is not None])
+        for expected, actual in zip(*found, strict=True):
+            assert (actual - expected).norm() < 1e-4 * expected.norm() + 1e-6
 
 
-def test_cross_entropy_is_patched_with_its_gradient():
-    x, target, weight = mmkern.testing.randn(6, 9).requires_grad_(), torch.tensor([0, 8, 3, -100, 1, 1]), torch.rand(9)
-    loss = torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1)
-    want = torch.autograd.grad(loss(x, target), x)[0]
-    with integration.patched():
-        ran = mmkern.explain(lambda: loss(x, target).backward())
-        summed = torch.nn.functional.cross_entropy(x, target, size_average=False)
-    assert next(choice.op for choice in ran) == "cross_entropy_fwd"
-    torch.testing.assert_close(x.grad, want)
-    torch.testing.assert_close(summed, torch.nn.functional.cross_entropy(x, target, reduction="sum"))
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}], ids=str
+)
+def test_other_ways_to_generate(options):
+    found = []
+    for model in architecture_cases.pair("gpt_oss"):
+        arguments, _ = architecture_cases.inputs(model, "left")
+        found.append(model.generate(**arguments, max_new_tokens=6, do_sample=False, eos_token_id=None, **options))
+    assert torch.equal(*found)

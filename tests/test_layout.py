@@ -17,8 +17,8 @@ NOT_TIMED = {"alibi_slopes"}  # a few numbers a model
 ARROWS = {
     "mmkern/reference": {"mmkern.reference"},
     "mmkern/ops": {"mmkern.ops", "mmkern.reference", "mmkern._C"},
-    "mmkern/integrations": {"mmkern", "mmkern.ops", "mmkern.integrations"},
-    "mmkern/nn": {"mmkern", "mmkern.nn"},
+    "mmkern/integrations": {"mmkern", "mmkern.ops", "mmkern.nn", "mmkern.integrations"},
+    "mmkern/nn": {"mmkern", "mmkern.nn", "mmkern.reference"},
     "mmkern/model": {"mmkern", "mmkern.nn", "mmkern.model"},
     "mmkern/training": {"mmkern", "mmkern.model", "mmkern.training"},
     "kernels": {"mmkern.kernels"},

@@ -9,6 +9,8 @@ from model_cases import CHOICES, TINY, alone, batch_of, tiny
 
 import mmkern
 from mmkern.model import Batch, ModelConfig, MultimodalModel
+from mmkern.model.config import ENCODINGS
+from mmkern.nn import MultiheadAttention, PositionalEncoding, RotaryEmbedding
 
 
 def trained(steps: int, backend: str, **changes) -> tuple[list[float], MultimodalModel]:
@@ -268,6 +270,8 @@ def test_a_model_of_text_alone():
         ({"similarity": "l1"}, "similarity: expected one of"),
         ({"encoding": "rope"}, "encoding: expected one of"),
         ({"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
+        ({"width": 1 << 15}, "width: expected at most 16384, got 32768"),
+        ({"width": 1 << 14, "decoder_layers": 200}, "width: with these layers and tokens expected at most 4294967296"),
         ({"classes": -1}, "classes: expected at least 0, got -1"),
         ({"width": 18}, "width: expected a multiple of 4 and of heads = 2, got 18"),
         ({"width": 12, "heads": 4, "encoding": "rotary"}, "heads: rotary needs an even width / heads"),
@@ -286,3 +290,54 @@ def test_a_batch_moves_between_devices():
     assert {t.device.type for t in vars(batch).values()} == {"meta"}
     assert Batch(prompts=torch.ones(2, 3)).to("cpu").images is None
     assert len(batch) == 4
+
+
+def emptied(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A module made on meta that has been given memory, with NaN in it, and then the state."""
+    module.to_empty(device="cpu")
+    for t in module.state_dict().values():
+        t.fill_(torch.nan)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_model_made_on_meta_is_whole_after_a_strict_load(encoding):
+    """No constant is lost that the state dict lacks, whether memory is given first or weights are assigned."""
+    model, batch = tiny(encoding=encoding).eval(), batch_of()
+    expected = model(batch)
+    for assign in (False, True):
+        with torch.device("meta"):
+            again = MultimodalModel(replace(TINY, encoding=encoding))
+        if assign:
+            again.eval().load_state_dict(model.state_dict(), assign=True)
+        else:
+            emptied(again, model.state_dict())
+        for name, actual in again(batch).items():
+            assert torch.equal(actual, expected[name]), (name, assign)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MultiheadAttention(16, 4, batch_first=True, alibi=True),
+        lambda: MultiheadAttention(16, 4, batch_first=True, similarity="cosine", rotary=True),
+        *(lambda e=e: PositionalEncoding(16, e, max_length=8) for e in ("sinusoidal", "scalar", "learned", "none")),
+        RotaryEmbedding,
+    ],
+)
+def test_a_module_made_on_meta_is_whole_after_a_strict_load(make):
+    module, x = make().eval(), torch.randn(2, 6, 16)
+    with torch.device("meta"):
+        again = make()
+    emptied(again, module.state_dict())
+    actual, expected = (m(x, x, x)[0] if isinstance(m, MultiheadAttention) else m(x) for m in (again, module))
+    assert torch.equal(actual, expected)
+
+
+def test_slopes_are_rounded_by_no_cast():
+    slopes = mmkern.alibi_slopes(12)
+    assert not torch.equal(slopes.bfloat16().float(), slopes)
+    for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, lambda m: m.to(torch.float64)):
+        module = cast(MultiheadAttention(24, 12, alibi=True))
+        assert torch.equal(module.alibi_slopes, slopes)

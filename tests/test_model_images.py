@@ -1,6 +1,8 @@
 """From pictures to tokens: convolutions, patches, and backbones of transformers with weights from a folder."""
 
 import json
+import os
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -72,6 +74,28 @@ def test_a_backbone_with_its_weights(resnet):
     torch.testing.assert_close(module(images), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_pictures_are_normalised_without_a_buffer(resnet):
+    """Meta construction, `to_empty` and a strict load leave no constant undefined, and bfloat16 rounds none."""
+    for changes in ({"image_stem": "conv"}, {"image_stem": "resnet", "image_backbone": resnet[1].config.to_dict()}):
+        model, images = tiny(**changes).eval(), torch.rand(2, 3, 32, 32)
+        with torch.device("meta"):
+            again = MultimodalModel(replace(TINY, **changes)).eval()
+        again.to_empty(device="cpu")
+        for t in (*again.parameters(), *again.buffers()):
+            t.data.fill_(torch.nan if t.is_floating_point() else 7)
+        again.load_state_dict(model.state_dict())
+        assert not dict(again.named_buffers()).keys() - again.state_dict().keys()
+        assert torch.equal(again._see(images, None), model._see(images, None))
+    module = model.stem
+    module.features = torch.nn.Identity()
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]).double(), torch.tensor([0.229, 0.224, 0.225]).double()
+    for dtype, rounding in ((torch.float32, 2.0**-23), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+        given = images.to(dtype)
+        expected = (given.double().permute(0, 2, 3, 1) - mean) / deviation
+        found = module.to(dtype)(given).double()
+        assert ((found - expected).abs() <= rounding * (expected.abs() + 2**-15 * 8)).all(), dtype
+
+
 def test_a_model_with_a_backbone_trains_and_comes_back_without_the_folder(resnet):
     model, batch = tiny(image_stem="resnet", image_weights=resnet[0]), batch_of()
     before = [p.detach().clone() for p in model.stem.parameters()]
@@ -119,6 +143,7 @@ def test_a_batch_without_any_picture_trains(image_stem):
         ({"image_stem": "patch", "patch_size": 12}, "patch_size: expected a divisor of image_size = 32, got 12"),
         ({"image_stem": "resnet", "image_weights": "/nowhere"}, "image_weights: expected a folder .* '/nowhere'"),
         ({"image_stem": "no-such-network"}, "image_stem: expected conv, patch or a backbone .* 'no-such-network'"),
+        ({"image_stem": "resnet", "image_backbone": {"depths": "x"}}, "image_stem: expected conv, patch or a backbone"),
         ({"image_stem": "gpt2"}, "image_stem: expected conv, patch or a backbone of transformers, got 'gpt2'"),
     ],
 )
@@ -130,3 +155,15 @@ def test_wrong_stems_are_named(changes, message):
 def test_weights_of_another_network_are_refused(resnet):
     with pytest.raises(ValueError, match="image_stem: 'convnext', but image_weights hold 'resnet'"):
         stem(image_stem="convnext", image_weights=resnet[0])
+
+
+def test_weights_are_neither_unpickled_nor_waited_for(resnet, tmp_path):
+    folder = shutil.copytree(resnet[0], tmp_path / "resnet")
+    torch.save(resnet[1].state_dict(), folder / "pytorch_model.bin")
+    weights = folder / "model.safetensors"
+    weights.rename(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
+        stem(image_stem="resnet", image_weights=str(folder))
+    os.mkfifo(weights)
+    with pytest.raises(ValueError, match=r"image_weights: .*model.safetensors is no regular file"):
+        stem(image_stem="resnet", image_weights=str(folder))

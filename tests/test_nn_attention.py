@@ -318,3 +318,40 @@ def test_wrong_inputs_are_named():
             m(*call)
     with pytest.raises(ValueError, match=r"attn_mask: expected shape \(7, 7\) or \(12, 7, 7\), got \(7, 8\)"):
         m(x, x, x, attn_mask=torch.zeros(S, S + 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"similarity": "cosine"}], ids=str)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_inside_torchs_encoder_layers(batch_first, options):
+    """In inference, too, where torch would compute its own attention from the weights."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(E, H, 32, batch_first=batch_first, dropout=0.0).eval()
+    ours = MultiheadAttention(E, H, batch_first=batch_first, **options)
+    ours.load_state_dict(layer.self_attn.state_dict(), strict=not options)
+    x, padding = randn(B, L, E), torch.arange(L) >= torch.tensor([[L], [3], [1]])
+    x = x if batch_first else x.transpose(0, 1)
+    expected = layer(x, src_key_padding_mask=padding)
+    layer.self_attn = ours.eval()
+    encoder = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    found = [encoder(x, src_key_padding_mask=padding)]
+    with torch.no_grad():
+        ran = mmkern.explain(lambda: found.append(encoder(x, src_key_padding_mask=padding)))
+        causal = torch.nn.Transformer.generate_square_subsequent_mask(L)
+        torch.testing.assert_close(encoder(x, mask=causal), encoder(x, mask=causal, is_causal=True))
+    assert [choice.op for choice in ran] == ["attention_fwd"]
+    torch.testing.assert_close(found[1], found[0])
+    assert torch.allclose(found[0], expected, atol=1e-5) == (not options)
+
+
+def test_alibi_slopes_survive_meta_construction_and_casts():
+    built = MultiheadAttention(E, H, batch_first=True, alibi=True)
+    x = randn(B, L, E)
+    expected = built(x, x, x)[0]
+    for how in ("to_empty", "assign"):
+        with torch.device("meta"):
+            made = MultiheadAttention(E, H, batch_first=True, alibi=True)
+        if how == "to_empty":
+            made.to_empty(device="cpu")
+        made.load_state_dict(built.state_dict(), assign=how == "assign")
+        torch.testing.assert_close(made(x, x, x)[0], expected)
+    assert torch.equal(built.bfloat16().alibi_slopes, mmkern.alibi_slopes(H))

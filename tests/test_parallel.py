@@ -1,8 +1,10 @@
 """Threads: torch's own settings hold, results do not depend on them, and a forked child works."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +128,19 @@ with ThreadPoolExecutor(4) as pool:
     print(all(pool.map(lambda _: torch.equal(mmkern.softmax(x, 1), expected), range(32))))
 """
     assert fresh(script) == "True"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_turns_have_no_race(tmp_path):
+    """tests/turns_race.cpp says what it runs; without the memory order of a turn, ThreadSanitizer must see a race."""
+    root = Path(__file__).parents[1]
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{root}/csrc", "-pthread"]
+    program = tmp_path / "turns_race"
+    command = ["g++", *flags, root / "tests/turns_race.cpp", "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "tsan" in built.stderr:
+        pytest.skip("this g++ has no ThreadSanitizer")
+    assert built.returncode == 0, built.stderr
+    right = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (right.returncode, right.stdout, right.stderr) == (0, "every sum is right\n", "")
+    assert "data race" in subprocess.run([program, "race"], capture_output=True, text=True, check=False).stderr

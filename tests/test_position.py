@@ -154,7 +154,7 @@ def test_float64_runs_by_the_reference_and_says_so():
 def test_opcheck():
     x, table, tokens = testing.randn(2, 3, 5, 8, layout="transposed"), testing.randn(9, 8), torch.tensor([[1, 2, 8]])
     starts = torch.tensor([1, 2])
-    for args in ((x, "table", table, 1, None, 1.0, 0.0, None), (x.mT, "scalar", None, 0, starts, 2.0, 0.5, starts)):
+    for args in ((x, "table", table, 1, None, 1.0, 0.0, None), (x.mT, "scalar", None, 0, starts, 2.0, 0.5, starts[:1])):
         torch.library.opcheck(op.add_positional_encoding_fwd.default, args)
     torch.library.opcheck(
         op.embed_tokens_fwd.default, (tokens, table, "sinusoidal", None, 3, None, 1.0, 0.0, None, None)

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import random
 import signal
 import subprocess
 import sys
@@ -11,52 +10,12 @@ import time
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from training_cases import CONFIG, ask, draw_shapes, refused
 
 from mmkern import cli
 from mmkern.nn import MultiheadAttention
 from mmkern.training import checkpoints, compress, records, run_page
 from mmkern.training.evaluation import Prediction
-
-CONFIG = """
-[model]
-width = 32
-heads = 2
-encoder_layers = 1
-decoder_layers = 1
-image_size = 24
-max_tokens = 16
-[data]
-source = "shapes"
-vocabulary = 300
-workers = 0
-[training]
-steps = {steps}
-batch_size = 16
-learning_rate = 0.005
-warmup = 5
-evaluate_every = 30
-checkpoint_every = 15
-"""
-COLOURS = ("red", "green", "blue")
-
-
-def draw_shapes(folder, count=90, extra=""):
-    folder.mkdir()
-    draw, rows = random.Random(0), []
-    for i in range(count):
-        colour, round_ = draw.choice(COLOURS), draw.random() < 0.5
-        image = Image.new("RGB", (24, 24), "white")
-        x, y = draw.randrange(4, 10), draw.randrange(4, 10)
-        pen = ImageDraw.Draw(image)
-        (pen.ellipse if round_ else pen.rectangle)((x, y, x + 10, y + 10), fill=colour)
-        image.save(folder / f"{i}.png")
-        split = ("train", "train", "train", "test", "validation")[i % 5]
-        name = f"{colour} {'disc' if round_ else 'box'}"
-        rows.append({"image": f"{i}.png", "prompt": "name", "text": name, "split": split, "group": "name"})
-        rows.append(
-            {"image": f"{i}.png", "prompt": "colour", "label": colour + extra, "split": split, "group": "colour"}
-        )
-    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +30,10 @@ def run(tmp_path_factory):
     return folder
 
 
-def ask(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as done:
-        cli.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return done.value.code, out, err
-
-
-def refused(capsys, *arguments):
-    """The one line that a wrong command leaves on stderr."""
-    code, _, err = ask(capsys, *arguments)
-    lines = err.strip().splitlines()
-    assert code == 2, err
-    assert len(lines) == 1, err
-    assert lines[0].startswith("mmkern: ")
-    return lines[0]
-
-
 def test_training_writes_the_run_and_learns(run):
     written = {p.name for p in (run / "run").iterdir()}
     assert written == {
+        ".lock",
         "config.json",
         "metrics.jsonl",
         "tensorboard",
@@ -315,7 +257,8 @@ def test_the_page_escapes_what_it_shows(tmp_path):
         image, prompt, text, label, group = None, "<script>alert(1)</script>", "b", None, "g"
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 1.0}\n')
-    metrics = {"g": {"chrf": 0.5, "confusion": [[3, 41], [0, 5]]}, "g: baseline": {"confusion": [[77, 0], [0, 0]]}}
+    confusions = [{"chrf": 0.5, "confusion": [[3, 41], [0, 5]]}, {"confusion": [[77, 0], [0, 0]]}]
+    metrics = [("g", "", confusions[0]), ("g", "baseline", confusions[1])]
     page = run_page.write(tmp_path, {"a": "<b>"}, metrics, [Prediction(Sample, text="<i>")], ["<u>", "v"])
     text = page.read_text()
     assert "<script>" not in text

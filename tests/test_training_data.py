@@ -13,7 +13,8 @@ from mmkern.model.config import ModelConfig
 from mmkern.training import emoji
 from mmkern.training.augment import Augment
 from mmkern.training.config import DataConfig
-from mmkern.training.data import Sample, collate, load_dataset, picture
+from mmkern.training.data import Sample, collate, load_dataset
+from mmkern.training.pictures import square
 from mmkern.training.problem import DataError
 from mmkern.training.text import read_word_vectors, train_tokenizer
 
@@ -157,7 +158,7 @@ def test_a_folder_without_a_table_and_a_broken_picture(tmp_path):
 def test_pictures_become_square_and_transparent_parts_white():
     image = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))
-    found = picture(image, 4)
+    found = square(image, 4)
     white, red = [255, 255, 255], [255, 0, 0]
     assert found[:, 0].T.tolist() == [white] * 4
     assert found[:, 1].T.tolist() == [white, red, red, red]
@@ -171,14 +172,14 @@ def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
     exif[0x0112] = 6  # turned by a quarter: shown 2 wide, 4 tall
     image.save(tmp_path / "x.png", exif=exif)
     with Image.open(tmp_path / "x.png") as opened:
-        assert picture(opened, 4)[1].tolist() == [[255, 0, 0, 255]] * 4
+        assert square(opened, 4)[1].tolist() == [[255, 0, 0, 255]] * 4
 
 
 def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(tmp_path):
     content = b"".join((value * 256).to_bytes(2, "little") for value in (0, 1, 64, 255))
     Image.frombytes("I;16", (2, 2), content).save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as opened:
-        assert picture(opened, 2)[0].tolist() == [[0, 1], [64, 255]]
+        assert square(opened, 2)[0].tolist() == [[0, 1], [64, 255]]
 
 
 def test_a_batch_says_what_is_asked_and_what_is_missing():

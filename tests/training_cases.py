@@ -1,11 +1,16 @@
 """A problem small enough to be learned within a test: the colour of a picture, as a class and as a word."""
 
+import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from mmkern import cli
 from mmkern.model import Batch, MultimodalModel
 from mmkern.training import checkpoints
 from mmkern.training.config import parse
@@ -98,3 +103,64 @@ def killable(folder):
         assert refused == []
         run.restore(found)
     run.run()
+
+
+# The commands: a folder of drawn shapes, a configuration, and what a command answers.
+
+CONFIG = """
+[model]
+width = 32
+heads = 2
+encoder_layers = 1
+decoder_layers = 1
+image_size = 24
+max_tokens = 16
+[data]
+source = "shapes"
+vocabulary = 300
+workers = 0
+[training]
+steps = {steps}
+batch_size = 16
+learning_rate = 0.005
+warmup = 5
+evaluate_every = 30
+checkpoint_every = 15
+"""
+
+
+def draw_shapes(folder, count=90, extra=""):
+    folder.mkdir()
+    draw, rows = random.Random(0), []
+    for i in range(count):
+        colour, round_ = draw.choice(("red", "green", "blue")), draw.random() < 0.5
+        image = Image.new("RGB", (24, 24), "white")
+        x, y = draw.randrange(4, 10), draw.randrange(4, 10)
+        pen = ImageDraw.Draw(image)
+        (pen.ellipse if round_ else pen.rectangle)((x, y, x + 10, y + 10), fill=colour)
+        image.save(folder / f"{i}.png")
+        split = ("train", "train", "train", "test", "validation")[i % 5]
+        name = f"{colour} {'disc' if round_ else 'box'}"
+        rows.append({"image": f"{i}.png", "prompt": "name", "text": name, "split": split, "group": "name"})
+        rows.append(
+            {"image": f"{i}.png", "prompt": "colour", "label": colour + extra, "split": split, "group": "colour"}
+        )
+    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def ask(capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return done.value.code, out, err
+
+
+def refused(capsys, *arguments):
+    """The one line that a wrong command leaves on stderr."""
+    code, _, err = ask(capsys, *arguments)
+    lines = err.strip().splitlines()
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("mmkern: ")
+    return lines[0]

@@ -10,6 +10,23 @@ namespace {
 // one thread busy and the others idle.
 constexpr int64_t kSplitKeys = 1024, kSplitRows = 16;
 
+// Memory for the output in query's order of dims, as mmkern.reference.empty_output: merging the
+// heads of a projection copies nothing, and a contiguous query's output is contiguous.
+Tensor empty_output(const Tensor& query, const AttentionInputs& in) {
+  const AttentionArgs& a = in.args;
+  const int64_t dims = query.dim();
+  const auto unit = [&](const Tensor& t) { return a.head_dim <= 1 || t.stride(dims - 1) == 1; };
+  if (dims == 4 && a.value_dim == a.head_dim && unit(query)) {
+    Tensor out = torch::stable::empty_like(query);
+    if (unit(out)) return out;
+  }
+  if (query.stride(dims - 3) >= query.stride(dims - 2)) {
+    return torch::stable::empty(in.shape({a.heads, a.q_len, a.value_dim}), query.scalar_type());
+  }
+  Tensor out = torch::stable::empty(in.shape({a.q_len, a.heads, a.value_dim}), query.scalar_type());
+  return torch::stable::transpose(out, dims - 3, dims - 2);
+}
+
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
                                          const Tensor& value, const MaybeTensor& attn_mask,
                                          double dropout_p, bool is_causal, double scale,
@@ -22,11 +39,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
                      temperature, window_left, window_right, softcap, alibi_slopes, key_lengths,
                      sinks, causal_lower_right, seed);
   AttentionArgs& a = in.args;
-  const int64_t dims = query.dim();
-  // Memory (batch..., q_len, heads, value_dim), so that merging the heads afterwards copies
-  // nothing.
-  Tensor out = torch::stable::empty(in.shape({a.q_len, a.heads, a.value_dim}), query.scalar_type());
-  out = torch::stable::transpose(out, dims - 3, dims - 2);
+  const Tensor out = empty_output(query, in);
   Tensor lse = torch::stable::empty(in.shape({a.heads, a.q_len}), ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
   const View o(out, in.lead);

@@ -33,7 +33,7 @@ struct AttentionArgs {
   int64_t window_left, window_right;  // -1: unbounded
   float softcap;                      // 0: off
   const float* alibi_slopes;          // [batch][heads] or null
-  const int64_t* key_lengths;         // [batch] or null
+  const int64_t* key_lengths;         // [batch], in [0, k_len], or null
   const float* sinks;                 // [heads] or null
   bool causal_lower_right;
   double dropout_p;
@@ -48,6 +48,8 @@ struct AttentionCall {
   int64_t splits;
   float* partials;
 };
+
+constexpr int64_t kDirectRows = 12;  // so few query rows that share a key head read keys as stored
 
 MMKERN_KERNEL(attention, AttentionCall)
 

@@ -2,9 +2,9 @@
 // kKeys.
 //
 //   score = similarity(q, k) * scale * temperature, soft-capped, plus ALiBi, plus mask; then for
-//   every block of keys: m' = max(m, block max), p = 2^(score - m'), l = l * 2^(m - m') + sum p, o
-//   = o * 2^(m - m') + p @ v and at the end out = o / l, lse = m + log l. Scores are in units of
-//   log2 from the start.
+//   every block of keys: m' = max(m, block max), p = e^(score - m'), l = l * e^(m - m') + sum p, o
+//   = o * e^(m - m') + p @ v and at the end out = o / l, lse = m + log l. Powers are those of 2,
+//   and log2 e comes in where scores become exponents.
 //
 // A task is one (batch, key head) and a chunk of its query rows, the rows of all query heads that
 // share the key head side by side. For each block of keys it packs keys and values once (one read,
@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kBlockRows = 8 * kTileRows;  // query rows whose scores are held at once
 constexpr int64_t kChunkBlocks = 8;            // at most this many blocks share one packing of keys
 constexpr int64_t kKeys = 256;                 // keys per block; half where head dims exceed 128
-constexpr int64_t kDirectTiles = 2;            // up to this many tiles of rows read keys unpacked
+static_assert(kDirectRows == 2 * kTileRows);
 
 template <class Dot>
 struct Buffers {
@@ -33,9 +33,10 @@ struct Buffers {
   float *scores, *o, *key_norms, *keep;
   Row* rows;
   int32_t* bad;
+  double* far;  // sums of values over many blocks of keys, where there are
   size_t bytes;
 
-  Buffers(char* base, int64_t rows_n, int64_t keys, int64_t words, int64_t padded) {
+  Buffers(char* base, int64_t rows_n, int64_t keys, int64_t words, int64_t padded, bool folds) {
     Arena a{base};
     constexpr int per = Dot::kPerWord;
     q = a.take<Word>(rows_n * words);
@@ -48,6 +49,7 @@ struct Buffers {
     keep = a.take<float>(keys + 4 * kLanes);
     rows = a.take<Row>(rows_n);
     bad = a.take<int32_t>(keys);
+    far = a.take<double>(folds ? rows_n * padded : 0);
     bytes = a.used;
   }
 };
@@ -65,8 +67,6 @@ class Attention {
   const int64_t words_ = (a_.head_dim + kPer - 1) / kPer;
   const int64_t padded_ = round_up(a_.value_dim, kLanes);
   const int64_t keys_ = larger(a_.head_dim, a_.value_dim) <= 128 ? kKeys : kKeys / 2;
-  const bool cosine_ = a_.similarity == Similarity::cosine;
-  const bool distance_ = a_.similarity >= Similarity::euclidean;
   const bool masked_ = a_.mask_kind != MaskKind::none;
   const Dropout dropout_{a_.dropout_p, a_.seed};
   // Whether a tile may hold keys that some of its rows must not see.
@@ -104,8 +104,10 @@ class Attention {
     const int64_t split = unit % call_.splits, kv_head = unit / call_.splits % a_.kv_heads;
     const int64_t batch = unit / call_.splits / a_.kv_heads;
     const int64_t first = chunk * chunk_, n = smaller(chunk_, rows_ - first);
-    const size_t bytes = Buffers<Dot>(nullptr, n, keys_, words_, padded_).bytes;
-    const Buffers<Dot> b(static_cast<char*>(thread_scratch(bytes)), n, keys_, words_, padded_);
+    const bool folds = call_.splits == 1 && a_.k_len > kFoldedBlocks * keys_;
+    const size_t bytes = Buffers<Dot>(nullptr, n, keys_, words_, padded_, folds).bytes;
+    const Buffers<Dot> b(static_cast<char*>(thread_scratch(bytes)), n, keys_, words_, padded_,
+                         folds);
 
     const T* keys = head_of<const T>(a_.k, batch, kv_head);
     const T* values = head_of<const T>(a_.v, batch, kv_head);
@@ -156,6 +158,9 @@ class Attention {
                           a_.value_dim);
         run_block(b, i, smaller(kBlockRows, n - i), j, count, k, v, direct, bads);
       }
+      if (folds && (j / keys_ % kFoldedBlocks == kFoldedBlocks - 1 || j + keys_ >= hi)) {
+        fold_values(b, n, j + keys_ >= hi);
+      }
     }
     for (int64_t i = 0; i < n; ++i) {
       if (call_.splits == 1) {
@@ -164,8 +169,22 @@ class Attention {
         float* to = partial(batch * a_.kv_heads + kv_head, split, first + i);
         memcpy(to, b.o + i * padded_, a_.value_dim * sizeof(float));
         to[a_.value_dim] = b.rows[i].m;
-        to[a_.value_dim + 1] = b.rows[i].l;
+        to[a_.value_dim + 1] = float(b.rows[i].l);
       }
+    }
+  }
+
+  // What the rows have summed since the last time goes to `far`; where `done`, all of it to o.
+  void fold_values(const Buffers<Dot>& b, int64_t n, bool done) const {
+    for (int64_t i = 0; i < n; ++i) {
+      Row& r = b.rows[i];
+      double* far = b.far + i * padded_;
+      float* o = b.o + i * padded_;
+      const float factor = r.far_m == -kInf ? 0.0f : exp2f(step(r, r.far_m, r.m));
+      for (int64_t d = 0; r.far_m != -kInf && d < padded_; ++d) far[d] *= factor;
+      fold(far, o, padded_, r.far_m == -kInf);
+      r.far_m = r.m;
+      for (int64_t d = 0; done && d < padded_; ++d) o[d] = float(far[d]);
     }
   }
 
@@ -253,16 +272,7 @@ class Attention {
   float softmax_row(const Buffers<Dot>& b, Row& r, const Word* q, float* s, Word* p, int64_t lo,
                     int64_t hi, int64_t j) {
     const int64_t end = round_up(hi, kLanes);
-    float factor = float(r.factor * (a_.softcap == 0.0f ? kLog2eExact : 1.0));
-    const bool plain = !cosine_ && !distance_ && !masked_ && a_.softcap == 0.0f &&
-                       !a_.alibi_slopes && factor > 0.0f && factor < kInf;
-    if (!plain) {
-      measure_similarity<Dot>(a_, r, q, b.k, b.key_norms, factor, s, lo, end);
-      const bool dot = a_.similarity == Similarity::dot;
-      add_biases(a_, r, dot ? factor : 1.0f, s, nullptr, lo, end, j);
-      factor = 1.0f;
-    }
-    if (r.lo - j > lo || r.hi - j < end) hide_edges(s, lo, end, r.lo - j, r.hi - j);
+    measure_scores<Dot>(a_, r, q, b.k, b.key_norms, s, nullptr, nullptr, lo, end, j);
 
     Vec top0 = set1(-kInf), top1 = top0;
     int64_t i = lo;
@@ -271,12 +281,10 @@ class Attention {
       top1 = max(top1, load(s + i + kLanes));
     }
     if (i < end) top0 = max(top0, load(s + i));
-    const float top = reduce_max(max(top0, top1)) * factor;
-    const float m = top > r.m ? top : r.m;
-    const float shift = m == -kInf ? 0.0f : m;  // nothing visible yet: weights 2^-inf = 0
+    const float m = raised(r, reduce_max(max(top0, top1))), base = base_of(r, m);
     const float rescale = r.m == -kInf ? 0.0f
                           : r.m == m   ? 1.0f
-                                       : first_lane(exp2(set1(r.m - shift)));
+                                       : first_lane(exp2(set1(step(r, r.m, base))));
     r.m = m;
 
     // Dropout acts on the weights, not on the sum that they are divided by.
@@ -284,10 +292,18 @@ class Attention {
       dropout_factors(dropout_, r.batch, r.head, r.index, j + lo, end - lo, b.keep + lo);
     }
     Vec sum = zero();
-    for (i = lo; i < end; i += kLanes) {
-      const Vec weight = exp2(fma(load(s + i), set1(factor), set1(-shift)));
-      sum = sum + weight;
-      store_weight(p, i, dropout_.on() ? weight * load(b.keep + i) : weight);
+    const auto weigh = [&](const auto& exponent) {
+      for (int64_t i = lo; i < end; i += kLanes) {
+        const Vec weight = exp2(exponent(load(s + i)));
+        sum = sum + weight;
+        store_weight(p, i, dropout_.on() ? weight * load(b.keep + i) : weight);
+      }
+    };
+    const Vec unit = set1(r.unit), from = set1(base), shift = set1(-(base * r.unit));
+    if (is_near(r, base)) {
+      weigh([=](Vec score) { return fma(score, unit, shift); });
+    } else {
+      weigh([=](Vec score) { return (score - from) * unit; });
     }
     r.l = r.l * rescale + reduce_add(sum);
     return rescale;
@@ -309,40 +325,33 @@ class Attention {
       memset(o, 0, padded_ * sizeof(float));
       for (int64_t split = 0; split < call_.splits; ++split) {
         const float* from = partial(unit, split, i);
-        const float m = from[a_.value_dim], top = m > r.m ? m : r.m,
-                    shift = top == -kInf ? 0.0f : top;
-        const float mine = exp2f(r.m - shift), its = exp2f(m - shift);
+        const float m = from[a_.value_dim], top = base_of(r, m > r.m ? m : r.m);
+        const float mine = r.m == -kInf ? 0.0f : exp2f(step(r, r.m, top));
+        const float its = m == -kInf ? 0.0f : exp2f(step(r, m, top));
         for (int64_t d = 0; d < a_.value_dim; ++d) o[d] = o[d] * mine + from[d] * its;
         r.l = r.l * mine + from[a_.value_dim + 1] * its;
-        r.m = top;
+        r.m = m > r.m ? m : r.m;
       }
       finish(r, o);
     }
   }
 
-  void finish(Row& r, const float* o) {
-    if (a_.sinks) {  // one more score, with no value
-      const float sink = a_.sinks[r.head] * kLog2e;
-      const float m = sink > r.m ? sink : r.m;
-      if (m > -kInf) {
-        const float mine = exp2f(r.m - m);
-        r.l = r.l * mine + exp2f(sink - m);
-        r.m = m;
-        write(r, o, r.l == 0.0f ? 0.0f : mine / r.l);
-        return;
-      }
+  void finish(const Row& r, const float* o) {
+    double top = peak(r), total = r.l, mine = 1.0;
+    if (a_.sinks && (top > -kInf || a_.sinks[r.head] > -kInf)) {  // one more score, with no value
+      const double sink = a_.sinks[r.head], higher = sink > top ? sink : top;
+      mine = expf(float(top - higher));
+      total = total * mine + expf(float(sink - higher));
+      top = higher;
     }
-    write(r, o, r.l == 0.0f ? 0.0f : 1.0f / r.l);
-  }
-
-  void write(const Row& r, const float* o, float factor) {
+    const Vec factor = set1(total == 0.0 ? 0.0f : float(mine / total));
     T* out = row_of<T>(a_.out, r);
     for (int64_t d = 0; d < a_.value_dim; d += kLanes) {
-      store_n(out + d, load(o + d) * set1(factor), int(smaller(a_.value_dim - d, kLanes)));
+      store_n(out + d, load(o + d) * factor, int(smaller(a_.value_dim - d, kLanes)));
     }
     // Backward subtracts this from scores: its error is one of all weights of the row.
-    const double lse = (double(r.m) + double(log2f(r.l))) * kLn2Exact;
-    a_.lse[flat_index(a_, r)] = r.l == 0.0f ? -kInf : float(lse);
+    const double lse = top + double(log2f(float(total))) * kLn2Exact;
+    a_.lse[flat_index(a_, r)] = total == 0.0 ? -kInf : float(lse);
   }
 };
 
@@ -351,7 +360,7 @@ class Attention {
 void attention(const AttentionCall& call) {
   const AttentionArgs& a = *call.args;
   const int64_t rows = a.heads / a.kv_heads * a.q_len;
-  const bool direct = rows <= kDirectTiles * kTileRows && a.head_dim % kLanes == 0 &&
+  const bool direct = rows <= kDirectRows && a.head_dim % kLanes == 0 &&
                       a.value_dim % kLanes == 0 && a.similarity <= Similarity::cosine;
   switch (a.dtype) {
     case Dtype::f32: return Attention<float, F32Dot>(call, direct).run();

@@ -2,6 +2,8 @@
 // rows that are too small for a kernel. The kernel is in attention_backward.isa.cpp.
 #include "cpu/attention_backward.h"
 
+#include <cmath>
+#include <limits>
 #include <map>
 #include <tuple>
 
@@ -12,6 +14,30 @@ namespace {
 
 // Which gradients are wanted: bits of `wanted`, in the order of the results.
 enum Wanted { kQuery, kKey, kValue, kMask, kTemperature, kSlopes, kSinks };
+
+// What backward asks beyond the forward's arguments, which AttentionInputs has found to be right.
+void check_gradients(const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& out,
+                     const Tensor& lse, const AttentionInputs& in, const Tensor& query,
+                     const MaybeTensor& attn_mask, const MaybeTensor& temperature,
+                     const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, int64_t wanted) {
+  const Checked q(query, "query");
+  const int64_t rows = q.rank - 1;
+  Checked(out, "out").typed(q.type).shaped(q, rows, {in.args.value_dim});
+  Checked(grad_out, "grad_out").typed(q.type).shaped(q, rows, {in.args.value_dim});
+  Checked(lse, "lse").typed(ScalarType::Float).shaped(q, rows);
+  if (grad_lse) Checked(*grad_lse, "grad_lse").typed(ScalarType::Float).shaped(q, rows);
+  int64_t possible = 1 << kQuery | 1 << kKey | 1 << kValue;
+  if (attn_mask && attn_mask->scalar_type() != ScalarType::Bool) possible |= 1 << kMask;
+  if (temperature) possible |= 1 << kTemperature;
+  if (alibi_slopes) possible |= 1 << kSlopes;
+  if (sinks) possible |= 1 << kSinks;
+  check_wanted(wanted, possible);
+  // Parts of a mask, and key blocks, are counted in 32 bits.
+  const int64_t units = product("key", {in.args.batch, in.args.kv_heads});
+  if (units > INT32_MAX || in.args.k_len / 64 >= INT32_MAX) {
+    refuse("key", units, " heads of ", in.args.k_len, " keys are too many to be counted");
+  }
+}
 
 int64_t block_keys(int64_t widest_dim) {
   return widest_dim <= 64 ? 256 : widest_dim <= 128 ? 128 : 64;  // blocks of k and v stay in L2
@@ -48,6 +74,21 @@ void reduce(const AttentionArgs& a, const View& view, int64_t step, int64_t coun
   for (size_t i = 0; i < totals.size(); ++i) static_cast<float*>(to.data)[i] = float(totals[i]);
 }
 
+// Whether a row is there whose log-sum-exp does not tell the sum of its exponentials.
+bool any_far(const float* lse, int64_t rows) {
+  constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  int64_t far = 0;
+  for (int64_t i = 0; i < rows; ++i) far += !(std::fabs(lse[i]) < kFarLse) & (lse[i] != kHidden);
+  return far != 0;
+}
+
+// Whether forward may have read keys as stored, whose dot products differ from backward's in their
+// last bits, and the scores are what a mask or ALiBi has left of larger ones.
+bool other_bits(const AttentionArgs& a) {
+  return a.heads / a.kv_heads * a.q_len <= kDirectRows && a.similarity <= Similarity::cosine &&
+         (a.mask_kind > MaskKind::boolean || a.alibi_slopes);
+}
+
 // Units in the order in which they add to the part of the mask that they share, if any do.
 struct MaskOrder {
   std::vector<int32_t> part, place;
@@ -79,6 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
   AttentionInputs in(query, key, value, attn_mask, dropout_p, is_causal, scale, similarity,
                      temperature, window_left, window_right, softcap, alibi_slopes, key_lengths,
                      sinks, causal_lower_right, seed);
+  check_gradients(grad_out, grad_lse, out, lse, in, query, attn_mask, temperature, alibi_slopes,
+                  sinks, wanted);
   AttentionBackwardArgs g{};
   AttentionArgs& a = g.forward;
   a = in.args;
@@ -134,7 +177,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
   g.block_keys = block_keys(std::max(a.head_dim, a.value_dim));
   g.key_blocks = (a.k_len + g.block_keys - 1) / g.block_keys;
   g.query_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
-  Tensor delta, q_sums, row_sums, column_sums, sink_rows, turns, mask_turns;
+  Tensor wide_mask, stats, delta, q_sums, row_sums, column_sums, sink_rows, turns, mask_turns;
+  g.all_stats = other_bits(a);
+  if (g.all_stats || any_far(a.lse, rows_all)) {
+    g.stats = zeros<float>(stats, {rows_all * kRowStats}, ScalarType::Float);
+  }
   // Small calls pay for every allocation: only what this one needs.
   if (g.key_blocks > 1 || wants(kSinks)) {
     delta = torch::stable::empty({rows_all}, ScalarType::Float);
@@ -144,7 +191,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
     g.query_turns = zeros<int32_t>(turns, {units * g.query_blocks}, ScalarType::Int);
   }
   if (wants(kQuery) && g.key_blocks > 1) {
-    q_sums = torch::stable::empty({rows_all * dim}, ScalarType::Float);
+    // In double from 64 blocks on, which kFoldedBlocks says.
+    q_sums =
+        torch::stable::empty({rows_all * dim * (g.key_blocks > 64 ? 2 : 1)}, ScalarType::Float);
     g.grad_q_sums = q_sums.mutable_data_ptr<float>();
   }
   std::optional<View> mask;
@@ -159,6 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
       g.mask_part = order->part.data(), g.mask_place = order->place.data();
       g.mask_shared = order->shared;
       if (order->shared) {
+        g.grad_mask.data = zeros<double>(wide_mask, {grad_mask.numel()}, ScalarType::Double);
         g.mask_turns = zeros<int32_t>(mask_turns, {order->parts * g.key_blocks * g.query_blocks},
                                       ScalarType::Int);
       }
@@ -169,12 +219,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd
     }
   }
   if (a.similarity >= Similarity::euclidean || g.temperature || g.slopes || g.mask_rows) {
-    g.row_sums = zeros<float>(row_sums, {rows_all * kRowSums}, ScalarType::Float);
+    g.row_sums = zeros<double>(row_sums, {rows_all * kRowSums}, ScalarType::Double);
   }
   if (wants(kSinks)) g.grad_sink_rows = zeros<float>(sink_rows, {rows_all}, ScalarType::Float);
 
   attention_backward(g);
 
+  if (g.mask_shared) {
+    grad_mask =
+        torch::stable::view(torch::stable::to(wide_mask, ScalarType::Float), grad_mask.sizes());
+  }
   const auto row_sum = [&](RowSum which) {
     return [&, which](int64_t b, int64_t h, int64_t i) {
       const int64_t unit = b * a.kv_heads + h / group, row = i * group + h % group;

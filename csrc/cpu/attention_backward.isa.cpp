@@ -27,6 +27,7 @@ class AttentionBackward : ScoreGradients<Dot> {
   using Base::a_, Base::g_, Base::group_, Base::rows_, Base::words_, Base::value_words_;
   using Base::cosine_, Base::distance_, Base::wants_scores_, Base::sums_rows_;
   using Base::dim_, Base::value_dim_, Base::q_row_, Base::grad_row_, Base::keys_, Base::ld_;
+  using Base::folds_, Base::wide_rows_;
   using Base::kPer, Base::take, Base::row_gradients;
   using Buffers = typename Base::Buffers;
   using Word = typename Dot::Word;
@@ -40,6 +41,7 @@ class AttentionBackward : ScoreGradients<Dot> {
     // Whole units where there are enough of them to balance: nobody waits.
     const bool whole = units >= 4 * num_threads();
     const int64_t tasks = whole ? units : units * g_.key_blocks;
+    const auto find = [&](int64_t i) { find_stats(i / g_.query_blocks, i % g_.query_blocks); };
     const auto prepare = [&](int64_t i) {
       find_deltas(i * share, smaller(all_rows, (i + 1) * share));
     };
@@ -48,12 +50,15 @@ class AttentionBackward : ScoreGradients<Dot> {
       for (int64_t j = 0; j < g_.key_blocks; ++j) run_block(i, j);
     };
     // One block of keys finds the deltas of its rows itself.
+    const int64_t finds = g_.stats ? units * g_.query_blocks : 0;
     const int64_t chunks = g_.delta ? (all_rows + share - 1) / share : 0;
     const double flops = 10.0 * all_rows * a_.k_len * a_.head_dim;
     if (flops < 1e6) {  // about 10 microseconds on one core: threads cost as much
+      for (int64_t i = 0; i < finds; ++i) find(i);
       for (int64_t i = 0; i < chunks; ++i) prepare(i);
       for (int64_t i = 0; i < tasks; ++i) work(i);
     } else {
+      parallel_tasks(finds, find);
       parallel_tasks(chunks, prepare);
       parallel_tasks(tasks, work);
     }
@@ -73,8 +78,69 @@ class AttentionBackward : ScoreGradients<Dot> {
       g_.delta[i] = reduce_add(sum) - (g_.grad_lse ? g_.grad_lse[i] : 0.0f);
       if (!g_.grad_sink_rows) continue;
       // A sink is a score without a value: its weight times -delta.
-      const bool empty = a_.lse[i] == -kInf;
-      g_.grad_sink_rows[i] = empty ? 0.0f : -expf(a_.sinks[r.head] - a_.lse[i]) * g_.delta[i];
+      const float* stats = g_.stats ? g_.stats + i * kRowStats : nullptr;
+      const float weight = a_.lse[i] == -kInf ? 0.0f
+                           : stats && stats[kStatInverse] != 0.0f
+                               ? stats[kStatSink]
+                               : expf(a_.sinks[r.head] - a_.lse[i]);
+      g_.grad_sink_rows[i] = -weight * g_.delta[i];
+    }
+  }
+
+  // Rows of block i of a unit whose log-sum-exp does not tell: their scores once more, by the same
+  // instructions as later on.
+  void find_stats(int64_t unit, int64_t i) const {
+    const int64_t batch = unit / a_.kv_heads, kv_head = unit % a_.kv_heads;
+    const int64_t first = i * kRows, n = smaller(kRows, rows_ - first);
+    const Buffers sizes = take(nullptr), b = take(static_cast<char*>(thread_scratch(sizes.bytes)));
+    int64_t lo = a_.k_len, hi = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      Row& row = b.rows[r] = make_row<T>(a_, batch, kv_head, first + r);
+      const float lse = a_.lse[flat_index(a_, row)];
+      const bool tells = !g_.all_stats && fabsf(lse) < kFarLse;
+      if (tells || lse == -kInf) row.hi = row.lo;
+      if (row.lo < row.hi) lo = smaller(lo, row.lo), hi = larger(hi, row.hi);
+    }
+    if (lo >= hi) return;
+    pack_rows(b, n);
+    for (int64_t j = lo / keys_ * keys_; j < hi; j += keys_) {
+      const int64_t count = smaller(keys_, a_.k_len - j);
+      const T* k = head_of<const T>(a_.k, batch, kv_head) + j * a_.k.row;
+      pack_keys<Dot>(k, a_.k.row, count, a_.head_dim, b.k_panels);
+      measure_keys(a_, k, count, b.key_norms);
+      Range range[kRows / kTileRows];
+      find_ranges(b, n, j, count, range);
+      products(b.q, q_row_, words_, b.k_panels, b.weights, range, n, count);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t from = range[r / kTileRows].lo,
+                      end = round_up(range[r / kTileRows].hi, kLanes);
+        Row& row = b.rows[r];
+        if (from >= end || row.lo >= row.hi) continue;
+        float* s = b.weights + r * ld_;
+        measure_scores<Dot>(a_, row, b.q + r * q_row_, b.k_panels, b.key_norms, s, nullptr, b.tanhs,
+                            from, end, j);
+        Vec top = set1(-kInf), sum = zero();
+        for (int64_t c = from; c < end; c += kLanes) top = max(top, load(s + c));
+        const float m = raised(row, reduce_max(top)), base = base_of(row, m);
+        const Vec unit = set1(row.unit);
+        for (int64_t c = from; c < end; c += kLanes) {
+          sum = sum + exp2((load(s + c) - set1(base)) * unit);
+        }
+        row.l = (row.m == -kInf ? 0.0 : row.l * exp2f((row.m - base) * row.unit)) + reduce_add(sum);
+        row.m = m;
+      }
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      const Row& row = b.rows[r];
+      if (row.lo >= row.hi || row.l == 0.0) continue;
+      const float sink = a_.sinks ? a_.sinks[row.head] : -kInf, top = row.m * row.scale;
+      const float higher = sink > top ? sink : top, its = expf(sink - higher);
+      const double mine = expf(top - higher), total = row.l * mine + its;
+      float* stats = g_.stats + flat_index(a_, row) * kRowStats;
+      stats[kStatFound] = 1.0f;
+      stats[kStatMax] = row.m;
+      stats[kStatInverse] = float(mine / total);
+      stats[kStatSink] = float(its / total);
     }
   }
 
@@ -96,6 +162,12 @@ class AttentionBackward : ScoreGradients<Dot> {
     memset(b.grad_v, 0, count * value_dim_ * sizeof(float));
     memset(b.key_sums, 0, keys_ * sizeof(float));
     memset(b.column_sums, 0, group_ * keys_ * sizeof(float));
+    memset(b.far_key_sums, 0, keys_ * sizeof(double));
+    memset(b.far_column_sums, 0, group_ * keys_ * sizeof(double));
+    if (folds_) {
+      memset(b.far_k, 0, keys_ * dim_ * sizeof(double));
+      memset(b.far_v, 0, keys_ * value_dim_ * sizeof(double));
+    }
 
     for (int64_t i = 0; i < g_.query_blocks; ++i) {
       const int64_t first = i * kRows, n = smaller(kRows, rows_ - first);
@@ -105,6 +177,9 @@ class AttentionBackward : ScoreGradients<Dot> {
         const int64_t at = flat_index(a_, b.rows[r]);
         b.lse[r] = a_.lse[at];
         b.delta[r] = g_.delta ? g_.delta[at] : 0.0f;
+        for (int64_t s = 0; s < kRowStats; ++s) {
+          b.stats[r * kRowStats + s] = g_.stats ? g_.stats[at * kRowStats + s] : 0.0f;
+        }
         if (b.lse[r] == -kInf) b.rows[r].hi = b.rows[r].lo;  // sees nothing
         if (b.rows[r].lo >= b.rows[r].hi) continue;
         lo = smaller(lo, b.rows[r].lo), hi = larger(hi, b.rows[r].hi);
@@ -117,6 +192,12 @@ class AttentionBackward : ScoreGradients<Dot> {
       }
       const bool alone = first_block == last_block;
       run_rows(b, unit, block, i, n, j, count, bads, k, alone);
+      if (g_.column_sums) fold(b.far_column_sums, b.column_sums, group_ * keys_, false);
+      if (distance_) fold(b.far_key_sums, b.key_sums, keys_, false);
+      if (folds_ && i % kFoldedBlocks == kFoldedBlocks - 1) {
+        fold(b.far_k, b.grad_k, count * dim_, false);
+        fold(b.far_v, b.grad_v, count * value_dim_, false);
+      }
       if (g_.grad_q.data || sums_rows_) {
         add_rows(b, unit, i, first, n, block, first_block, last_block);
       }
@@ -137,10 +218,7 @@ class AttentionBackward : ScoreGradients<Dot> {
                 int64_t count, int64_t bads, const T* k, bool alone) const {
     const int64_t tiles = (n + kTileRows - 1) / kTileRows, padded = round_up(count, kLanes);
     Range range[kRows / kTileRows];
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = t * kTileRows;
-      range[t] = visible_range(b.rows + row, smaller(kTileRows, n - row), j, count);
-    }
+    find_ranges(b, n, j, count, range);
     pack_rows(b, n);
     products(b.q, q_row_, words_, b.k_panels, b.weights, range, n, count);
     if (wants_scores_)
@@ -195,6 +273,11 @@ class AttentionBackward : ScoreGradients<Dot> {
     for (int64_t i = 0; i < bads; ++i) add_bad_key(b, n, b.bad[i], k + b.bad[i] * a_.k.row);
   }
 
+  static void find_ranges(const Buffers& b, int64_t n, int64_t j, int64_t count, Range* range) {
+    for (int64_t row = 0; row < n; row += kTileRows) {
+      *range++ = visible_range(b.rows + row, smaller(kTileRows, n - row), j, count);
+    }
+  }
   static bool overlaps(const Range& range, int64_t key, int64_t keys) {
     return range.lo < key + keys && key < range.hi;
   }
@@ -311,13 +394,19 @@ class AttentionBackward : ScoreGradients<Dot> {
     for (int64_t r = 0; r < n; ++r) {
       float* mine = b.grad_q + r * dim_;
       const int64_t at = unit * rows_ + first + r;
-      float* total = g_.grad_q_sums + at * dim_;
+      float* total = g_.grad_q_sums + at * dim_ * (wide_rows_ ? 2 : 1);
       float* sums = b.row_sums + r * kRowSums;
       for (int s = 0; sums_rows_ && s < kRowSums; ++s) {
-        sums[s] = g_.row_sums[at * kRowSums + s] += sums[s];
+        sums[s] = float(g_.row_sums[at * kRowSums + s] += sums[s]);
       }
       if (!g_.grad_q.data) continue;
-      if (block > first_block) {
+      if (wide_rows_) {
+        double* wide = reinterpret_cast<double*>(total);
+        for (int64_t d = 0; d < dim_; ++d) {
+          wide[d] = block > first_block ? wide[d] + mine[d] : mine[d];
+          mine[d] = float(wide[d]);
+        }
+      } else if (block > first_block) {
         for (int64_t d = 0; d < dim_; d += kLanes)
           store(mine + d, load(mine + d) + load(total + d));
       }
@@ -325,7 +414,7 @@ class AttentionBackward : ScoreGradients<Dot> {
         const Row& row = b.rows[r];
         finish(row_of<const T>(a_.q, row), mine, row.norm, sums[kSumWeights],
                row_of<T>(g_.grad_q, row));
-      } else {
+      } else if (!wide_rows_) {
         memcpy(total, mine, dim_ * sizeof(float));
       }
     }
@@ -334,6 +423,15 @@ class AttentionBackward : ScoreGradients<Dot> {
 
   void finish_keys(const Buffers& b, int64_t batch, int64_t kv_head, int64_t j, int64_t count,
                    const T* k) const {
+    if (folds_) {
+      for (int64_t i = 0; i < count * dim_; ++i) b.grad_k[i] = float(b.far_k[i] + b.grad_k[i]);
+      for (int64_t i = 0; i < count * value_dim_; ++i)
+        b.grad_v[i] = float(b.far_v[i] + b.grad_v[i]);
+    }
+    for (int64_t i = 0; distance_ && i < count; ++i) b.key_sums[i] = float(b.far_key_sums[i]);
+    for (int64_t i = 0; g_.column_sums && i < group_ * keys_; ++i) {
+      b.column_sums[i] = float(b.far_column_sums[i]);
+    }
     for (int64_t i = 0; i < count; ++i) {
       if (g_.grad_k.data) {
         finish(k + i * a_.k.row, b.grad_k + i * dim_, b.key_norms[i], b.key_sums[i],

@@ -35,10 +35,10 @@ class ScoreGradients {
   const int64_t ld_ = keys_ + 64 / int64_t(sizeof(float));
   const bool cosine_ = a_.similarity == Similarity::cosine;
   const bool distance_ = a_.similarity >= Similarity::euclidean;
-  const bool plain_ = a_.similarity == Similarity::dot && a_.mask_kind == MaskKind::none &&
-                      a_.softcap == 0.0f && !a_.alibi_slopes && !g_.temperature;
+  const bool dot_ = a_.similarity == Similarity::dot && !g_.temperature;
   const bool wants_scores_ = g_.grad_q.data || g_.grad_k.data || g_.grad_mask.data ||
                              g_.column_sums || g_.temperature || g_.slopes || g_.mask_rows;
+  const bool folds_ = g_.query_blocks > kFoldedBlocks, wide_rows_ = g_.key_blocks > kFoldedBlocks;
   const bool sums_rows_ = distance_ || g_.temperature || g_.slopes || g_.mask_rows;
   const Dropout dropout_{a_.dropout_p, a_.seed};
 
@@ -50,8 +50,9 @@ class ScoreGradients {
     float *grad_k, *grad_v, *grad_q;
     float *key_norms, *key_sums, *column_sums, *similarity, *tanhs, *keep;
     Row* rows;
-    float *lse, *delta, *row_sums;
+    float *lse, *delta, *stats, *row_sums;
     int32_t* bad;
+    double *far_k, *far_v, *far_key_sums, *far_column_sums;  // over many blocks of rows
     size_t bytes;
   };
 
@@ -90,8 +91,13 @@ class ScoreGradients {
     b.rows = a.take<Row>(kRows);
     b.lse = a.take<float>(kRows);
     b.delta = a.take<float>(kRows);
+    b.stats = a.take<float>(kRows * kRowStats);
     b.row_sums = a.take<float>(kRows * kRowSums);
     b.bad = a.take<int32_t>(keys_);
+    b.far_k = a.take<double>(folds_ ? keys_ * dim_ : 0);
+    b.far_v = a.take<double>(folds_ ? keys_ * value_dim_ : 0);
+    b.far_key_sums = a.take<double>(keys_);
+    b.far_column_sums = a.take<double>(group_ * keys_);
     b.bytes = a.used;
     return b;
   }
@@ -100,32 +106,40 @@ class ScoreGradients {
   void row_gradients(const Buffers& b, int64_t r, float* weights, float* scores, int64_t lo,
                      int64_t end, int64_t j, bool alone) const {
     const Row& row = b.rows[r];
-    float factor = float(row.factor * kLog2eExact);
-    const bool plain = plain_ && factor > 0.0f && factor < kInf;
-    if (!plain) {
-      measure_similarity<Dot>(a_, row, b.q + r * q_row_, b.k_panels, b.key_norms, 1.0f, weights, lo,
-                              end);
-      if (g_.temperature || distance_) {
-        memcpy(b.similarity + lo, weights + lo, (end - lo) * sizeof(float));
-      }
-      const float scaled = a_.softcap == 0.0f ? factor : float(row.factor);
-      add_biases(a_, row, scaled, weights, b.tanhs, lo, end, j);
-      factor = 1.0f;
-    }
-    if (row.lo - j > lo || row.hi - j < end) hide_edges(weights, lo, end, row.lo - j, row.hi - j);
+    const bool plain = dot_ && !row.scaled, keeps = g_.temperature || distance_;
+    measure_scores<Dot>(a_, row, b.q + r * q_row_, b.k_panels, b.key_norms, weights,
+                        keeps ? b.similarity : nullptr, b.tanhs, lo, end, j);
     if (dropout_.on()) {
       dropout_factors(dropout_, row.batch, row.head, row.index, j + lo, end - lo, b.keep + lo);
     }
-    // In two parts: rounding lse * log2 e, some units, to a float would cost weights their last
-    // bits.
-    const double lse = double(b.lse[r]) * kLog2eExact;
-    const float high = float(lse), low = float(lse - double(high));
-    const Vec scale = set1(factor), shift = set1(-high), rest = set1(-low);
+    const float* stats = b.stats + r * kRowStats;
+    if (stats[kStatFound] != 0.0f) {
+      const Vec unit = set1(row.unit), base = set1(stats[kStatMax]);
+      const Vec inverse = set1(stats[kStatInverse]);
+      weigh(b, r, weights, scores, lo, end, alone, plain, stats[kStatSink],
+            [=](Vec score) { return exp2((score - base) * unit) * inverse; });
+    } else {
+      // In two parts: rounding lse * log2 e, some units, to a float would cost weights their last
+      // bits.
+      const double lse = double(b.lse[r]) * kLog2eExact;
+      const float high = float(lse), low = float(lse - double(high));
+      const Vec unit = set1(row.unit), shift = set1(-high), rest = set1(-low);
+      const float sink = alone && a_.sinks ? expf(a_.sinks[row.head] - b.lse[r]) : 0.0f;
+      weigh(b, r, weights, scores, lo, end, alone, plain, sink,
+            [=](Vec score) { return exp2(fma(score, unit, shift) + rest); });
+    }
+    if (!plain && wants_scores_) row_features(b, r, scores, lo, end, j);
+  }
+
+  // Scores -> weights, and products of gradients -> W, of which row_features makes more unless
+  // `plain`. weight: that of a score.
+  template <class F>
+  void weigh(const Buffers& b, int64_t r, float* weights, float* scores, int64_t lo, int64_t end,
+             bool alone, bool plain, float sink, const F& weight_of) const {
+    const Row& row = b.rows[r];
     const Vec chain = set1(plain ? float(row.factor) : 1.0f);
     const bool drops = dropout_.on();
-    const auto weight_at = [&](int64_t i) {
-      return exp2(fma(load(weights + i), scale, shift) + rest);
-    };
+    const auto weight_at = [&](int64_t i) { return weight_of(load(weights + i)); };
     const auto grad_at = [&](int64_t i) {
       return drops ? load(scores + i) * load(b.keep + i) : load(scores + i);
     };
@@ -138,22 +152,20 @@ class ScoreGradients {
     };
     if (!alone) {
       for (int64_t i = lo; i < end; i += kLanes) put(i, weight_at(i), grad_at(i));
-    } else {
-      // All that the row sees is here, and so is its delta, free of the rounding of out. Divided by
-      // the sum of the weights, whose common error lse leaves: large scores would make it show.
-      Vec total = zero(), all = zero();
-      for (int64_t i = lo; i < end; i += kLanes) {
-        const Vec weight = weight_at(i);
-        total = total + select(equal(weight, zero()), zero(), weight * grad_at(i));
-        all = all + weight;
-        store(weights + i, weight);
-      }
-      const float sink = a_.sinks ? expf(a_.sinks[row.head] - b.lse[r]) : 0.0f;
-      delta = set1(reduce_add(total) / (reduce_add(all) + sink) -
-                   (g_.grad_lse ? g_.grad_lse[flat_index(a_, row)] : 0.0f));
-      for (int64_t i = lo; i < end; i += kLanes) put(i, load(weights + i), grad_at(i));
+      return;
     }
-    if (!plain && wants_scores_) row_features(b, r, scores, lo, end, j);
+    // All that the row sees is here, and so is its delta, free of the rounding of out. Divided by
+    // the sum of the weights, whose common error lse leaves: large scores would make it show.
+    Vec total = zero(), all = zero();
+    for (int64_t i = lo; i < end; i += kLanes) {
+      const Vec weight = weight_at(i);
+      total = total + select(equal(weight, zero()), zero(), weight * grad_at(i));
+      all = all + weight;
+      store(weights + i, weight);
+    }
+    delta = set1(reduce_add(total) / (reduce_add(all) + sink) -
+                 (g_.grad_lse ? g_.grad_lse[flat_index(a_, row)] : 0.0f));
+    for (int64_t i = lo; i < end; i += kLanes) put(i, load(weights + i), grad_at(i));
   }
 
   // Gradients of a row's scores -> those of what made the scores, and W in their place.
@@ -162,11 +174,15 @@ class ScoreGradients {
     const Row& row = b.rows[r];
     float* sums = b.row_sums + r * kRowSums;
     if (g_.grad_mask.data) {
-      float* to = static_cast<float*>(g_.grad_mask.data) + g_.grad_mask.batch[row.batch] +
-                  row.head * g_.grad_mask.head + row.index * g_.grad_mask.row + j;
-      for (int64_t i = lo; i < end; i += kLanes) {
-        const int n = int(smaller(kLanes, a_.k_len - j - i));
-        store_n(to + i, load_n(to + i, n) + load(scores + i), n);
+      const int64_t at = g_.grad_mask.batch[row.batch] + row.head * g_.grad_mask.head +
+                         row.index * g_.grad_mask.row + j;
+      const int64_t last = smaller(end, a_.k_len - j);
+      if (g_.mask_shared) {
+        double* to = static_cast<double*>(g_.grad_mask.data) + at;
+        for (int64_t i = lo; i < last; ++i) to[i] += scores[i];
+      } else {
+        float* to = static_cast<float*>(g_.grad_mask.data) + at;
+        for (int64_t i = lo; i < last; ++i) to[i] += scores[i];
       }
     }
     if (g_.column_sums) {
@@ -180,8 +196,9 @@ class ScoreGradients {
     }
     if (a_.softcap != 0.0f) {
       for (int64_t i = lo; i < end; i += kLanes) {
-        const Vec t = load(b.tanhs + i);
-        store(scores + i, load(scores + i) * fnma(t, t, set1(1.0f)));
+        const Vec t = load(b.tanhs + i), grad = load(scores + i);
+        // A hidden key's tanh may be NaN: what lies behind the last key is left from other calls.
+        store(scores + i, select(equal(grad, zero()), zero(), grad * fnma(t, t, set1(1.0f))));
       }
     }
     if (g_.temperature) {

@@ -1,10 +1,12 @@
 // Tensors and options of an attention call as its kernels take them. For attention*.cpp.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/check.h"
 #include "cpu/tensor.h"
 
 namespace mmkern {
@@ -47,11 +49,20 @@ inline const float* floats(std::optional<Tensor>& t) {
   return t->const_data_ptr<float>();
 }
 
+// Raises unless an attention call is one that the kernels can run. Arguments as in the schema.
+void check_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                     const MaybeTensor& attn_mask, double dropout_p, double scale,
+                     int64_t similarity, const MaybeTensor& temperature, int64_t window_left,
+                     int64_t window_right, double softcap, const MaybeTensor& alibi_slopes,
+                     const MaybeTensor& key_lengths, const MaybeTensor& sinks,
+                     const MaybeTensor& seed);
+
 // Arguments in the order of the schema; keeps alive what `args` points to.
 struct AttentionInputs {
   AttentionArgs args{};
   std::vector<int64_t> lead;  // query's sizes before the heads
-  MaybeTensor temperature, alibi_slopes, key_lengths, sinks;
+  MaybeTensor temperature, alibi_slopes, sinks;
+  std::vector<int64_t> key_lengths;
   std::optional<View> q, k, v, mask;
 
   AttentionInputs(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -60,10 +71,9 @@ struct AttentionInputs {
                   int64_t window_right, double softcap, const MaybeTensor& alibi_slopes_,
                   const MaybeTensor& key_lengths_, const MaybeTensor& sinks_,
                   bool causal_lower_right, const MaybeTensor& seed)
-      : temperature(temperature_),
-        alibi_slopes(alibi_slopes_),
-        key_lengths(key_lengths_),
-        sinks(sinks_) {
+      : temperature(temperature_), alibi_slopes(alibi_slopes_), sinks(sinks_) {
+    check_attention(query, key, value, attn_mask, dropout_p, scale, similarity, temperature_,
+                    window_left, window_right, softcap, alibi_slopes_, key_lengths_, sinks_, seed);
     AttentionArgs& a = args;
     const int64_t dims = query.dim();
     a.dtype = dtype_of(query, "query");
@@ -97,9 +107,14 @@ struct AttentionInputs {
     a.window_right = window_right;
     a.softcap = float(softcap);
     a.alibi_slopes = floats(alibi_slopes);
-    if (key_lengths) {
-      key_lengths = torch::stable::contiguous(*key_lengths);
-      a.key_lengths = key_lengths->const_data_ptr<int64_t>();
+    if (key_lengths_) {
+      // Read once and clamped: what the tensor holds may be anything, and may change meanwhile.
+      const Tensor given = torch::stable::contiguous(*key_lengths_);
+      const int64_t* const length = given.const_data_ptr<int64_t>();
+      for (int64_t b = 0; b < a.batch; ++b) {
+        key_lengths.push_back(std::clamp<int64_t>(length[b], 0, a.k_len));
+      }
+      a.key_lengths = key_lengths.data();
     }
     a.sinks = floats(sinks);
     a.causal_lower_right = causal_lower_right;

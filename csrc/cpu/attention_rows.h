@@ -32,12 +32,18 @@ struct Arena {
 struct Row {
   int64_t batch, head, index;  // which query: index is its position in the sequence
   int64_t lo, hi;
-  double factor;     // score = similarity * factor, before cap, biases and mask
+  double factor;  // score = similarity * factor, before cap, biases and mask
+  // Scores are kept without the factor where nothing but softmax follows it: `scale` is what they
+  // lack, 1 elsewhere, and `unit` brings what is kept to units of log2.
+  float scale, unit;
+  bool scaled;       // whether scores are kept with their factor
   float norm;        // cosine: 1 / length of the query; distances: its squared length
   float slope;       // ALiBi
   int64_t position;  // of the query on the key axis
   int64_t mask;      // first element of its row of the mask
-  float m, l;        // running maximum and sum, log2 units
+  float m;           // running maximum, of scores as they are kept
+  double l;          // running sum
+  float far_m;       // the maximum that `far` sums of values are relative to
 };
 
 template <class T>
@@ -67,6 +73,15 @@ float reciprocal_norm(const T* x, int64_t n) {
   }
   const float norm = sqrtf(square);
   return norm < 1e-12f / top ? 1e12f : 1.0f / norm / top;
+}
+
+// Sums over blocks are float32 for so many blocks; what these add up to is double.
+constexpr int64_t kFoldedBlocks = 64;
+
+// far += near, which starts again; `first`: far holds nothing yet.
+inline void fold(double* far, float* near, int64_t n, bool first) {
+  for (int64_t i = 0; i < n; ++i) far[i] = first ? near[i] : far[i] + near[i];
+  memset(near, 0, n * sizeof(float));
 }
 
 // The elements of a row of `o`, which has the query's batch, heads and rows.
@@ -101,6 +116,11 @@ Row make_row(const AttentionArgs& a, int64_t batch, int64_t kv_head, int64_t fla
   r.hi = larger(r.hi, 0);
   r.lo = smaller(r.lo, r.hi);
   r.factor = a.scale * (a.temperature ? double(a.temperature[r.head]) : 1.0);
+  r.unit = float(r.factor * kLog2eExact);
+  r.scaled = a.mask_kind != MaskKind::none || a.softcap != 0.0f || a.alibi_slopes ||
+             !(r.unit > 0.0f && r.unit < kInf);
+  r.scale = r.scaled ? 1.0f : float(r.factor);
+  if (r.scaled) r.unit = kLog2e;
   r.slope = a.alibi_slopes ? a.alibi_slopes[batch * a.heads + r.head] : 0.0f;
   r.norm = 0.0f;
   const T* q = row_of<const T>(a.q, r);
@@ -109,8 +129,8 @@ Row make_row(const AttentionArgs& a, int64_t batch, int64_t kv_head, int64_t fla
   r.mask = a.mask_kind == MaskKind::none
                ? 0
                : a.mask.batch[batch] + r.head * a.mask.head + r.index * a.mask.row;
-  r.m = -kInf;
-  r.l = 0.0f;
+  r.m = r.far_m = -kInf;
+  r.l = 0.0;
   return r;
 }
 

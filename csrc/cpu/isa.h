@@ -2,13 +2,20 @@
 // the copy of a kernel that was compiled for it. No standard library here: see parallel.h.
 #pragma once
 
+// Several sets are for x86-64. A build under a sanitizer takes one: compiling takes minutes.
+#if defined(__x86_64__) && !defined(MMKERN_ONE_ISA)
+#define MMKERN_SETS 1
+#else
+#define MMKERN_SETS 0
+#endif
+
 namespace mmkern {
 
 // In rising order; each includes the ones before it.
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // Those compiled in.
-#if defined(__x86_64__)
+#if MMKERN_SETS
 constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 #else
 constexpr Isa kIsas[] = {Isa::baseline};
@@ -27,7 +34,7 @@ extern Isa current_isa;
 
 // Declares void name(const Args&) in every instruction set's namespace, and mmkern::name, which
 // calls the one in use. The definitions stand in <op>.isa.cpp, inside namespace mmkern::MMKERN_ISA.
-#if defined(__x86_64__)
+#if MMKERN_SETS
 #define MMKERN_KERNEL(name, Args)                            \
   namespace baseline {                                       \
   void name(const Args& args);                               \

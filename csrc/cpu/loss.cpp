@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/check.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
@@ -108,7 +109,7 @@ void check_targets(const CrossEntropyArgs& a, int64_t rows) {
   each_block(rows, [&](int64_t block, int64_t row, int64_t end) {
     for (; row < end && wrong[block] < 0; ++row) {
       const int64_t t = a.target[row];
-      if ((t < 0 || t >= a.classes) && t != a.ignore_index) wrong[block] = row;
+      if (!has_class(a, t) && t != a.ignore_index) wrong[block] = row;
     }
   });
   for (const int64_t row : wrong) {
@@ -128,9 +129,48 @@ float half_unit(double largest, double denominator, bool soft) {
   return float(std::exp2(std::min(std::floor(std::log2(room)), 100.0)));
 }
 
+// The sizes of a tensor of logits without their classes: those of targets and losses.
+std::vector<int64_t> positions(const Checked& x) {
+  std::vector<int64_t> sizes(x.sizes, x.sizes + x.rank);
+  sizes.erase(sizes.begin() + (x.rank == 1 ? 0 : 1));
+  return sizes;
+}
+
+void check_positions(const Checked& t, const Checked& x) {
+  const int64_t dim = x.rank == 1 ? 0 : 1;
+  bool fits = t.rank == x.rank - 1;
+  for (int64_t d = 0; fits && d < t.rank; ++d) fits = t.sizes[d] == x.sizes[d < dim ? d : d + 1];
+  if (!fits) refuse(t.name, "expected the shape of ", x.name, " without its classes");
+}
+
+void check_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
+                   int64_t reduction, double label_smoothing, int64_t wanted) {
+  const Checked x(input, "input"), y(target, "target");
+  x.floating().ranked(1);
+  const bool has_classes = y.type == ScalarType::Long;
+  has_classes ? check_positions(y, x) : void(y.floating().shaped(x, x.rank));
+  if (weight) {
+    const Checked w(*weight, "weight");
+    if (w.type != ScalarType::Double) w.floating();
+    w.shaped({x.sizes[x.rank == 1 ? 0 : 1]});
+  }
+  check_range<int64_t>("reduction", reduction, kNone, kSum);
+  check_range("label_smoothing", label_smoothing, 0.0, 1.0);
+  check_wanted(wanted, has_classes ? kInput : kInput | kTarget);
+}
+
+void check_scale(const Tensor& grad, const Tensor& grad_loss, const MaybeTensor& unit) {
+  const Checked x(grad, "grad"), g(grad_loss, "grad_loss");
+  x.floating().ranked(1);
+  if (g.type != ScalarType::Double) g.floating();
+  if (g.rank > 0) check_positions(g, x);
+  if (unit) Checked(*unit, "unit").typed(ScalarType::Float).shaped({1});
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
     const Tensor& input, const Tensor& target_in, const MaybeTensor& weight_in,
     int64_t ignore_index, int64_t reduction, double label_smoothing, bool wide, int64_t wanted) {
+  check_forward(input, target_in, weight_in, reduction, label_smoothing, wanted);
   const bool has_classes = target_in.scalar_type() == ScalarType::Long;
   Tensor x = input, target = torch::stable::contiguous(target_in);
   MaybeTensor weight = weight_in;
@@ -148,8 +188,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
   }
   const Layout layout = layout_of(x);
   a.columns = layout != Layout::rows;
-  STD_TORCH_CHECK(!a.columns || View(x).classes < 1 << 24,
-                  "input: 2^24 classes or more need unit stride along the classes");
+  if (a.columns && View(x).classes >= 1 << 24) {
+    refuse("input", "2^24 classes or more need unit stride along the classes");
+  }
   const auto operand = [&](const Tensor& t) {
     View v(t);
     if (layout == Layout::turned) v.turn();
@@ -178,7 +219,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
   if (reduction == kMean) {
     denominator = !has_classes ? double(a.classes ? rows : 0) : sum_rows(rows, [&](int64_t row) {
       const int64_t t = a.target[row];
-      return t == ignore_index ? 0.0 : a.weight ? double(a.weight[t]) : 1.0;
+      if (t == ignore_index || !has_class(a, t)) return 0.0;
+      return a.weight ? double(a.weight[t]) : 1.0;
     });
   }
 
@@ -200,9 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
     a.factor = float(by / denominator);
   }
 
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.erase(sizes.begin() + (x.dim() == 1 ? 0 : 1));
-  Tensor losses = torch::stable::empty(sizes, ScalarType::Float);
+  Tensor losses = torch::stable::empty(positions(Checked(input, "input")), ScalarType::Float);
   a.loss = losses.mutable_data_ptr<float>();
   cross_entropy(a);
   if (wanted & kTarget) grad_target = torch::stable::to(grad_target, target_in.scalar_type());
@@ -242,6 +282,7 @@ void scale_into(const Tensor& grad, const Tensor& grad_loss, const MaybeTensor& 
 }
 
 Tensor cross_entropy_bwd(const Tensor& grad, const Tensor& grad_loss, const MaybeTensor& unit) {
+  check_scale(grad, grad_loss, unit);
   Tensor from = grad;
   const Layout layout = layout_of(from);
   const Tensor out = new_gradient(from, layout);
@@ -250,9 +291,11 @@ Tensor cross_entropy_bwd(const Tensor& grad, const Tensor& grad_loss, const Mayb
 }
 
 void cross_entropy_bwd_(const Tensor& grad, const Tensor& grad_loss, const MaybeTensor& unit) {
+  check_scale(grad, grad_loss, unit);
+  Checked(grad, "grad").writable();
   Tensor same = grad;
   const Layout layout = layout_of(same);
-  STD_TORCH_CHECK(same.const_data_ptr() == grad.const_data_ptr(), "grad: its layout has no kernel");
+  if (same.const_data_ptr() != grad.const_data_ptr()) refuse("grad", "its layout has no kernel");
   scale_into(grad, grad_loss, unit, grad, layout);
 }
 

@@ -30,6 +30,14 @@ struct CrossEntropyArgs {
   float* loss;   // (batch, inner)
 };
 
+namespace {
+// Asked wherever a target picks an element: another thread may change one after it was checked.
+// Such a row counts as ignored.
+inline bool has_class(const CrossEntropyArgs& a, int64_t target) {
+  return uint64_t(target) < uint64_t(a.classes);
+}
+}  // namespace
+
 // out = x * factor, with a factor for each of (batch, inner), or one for all. out may be x.
 struct ScaleRowsArgs {
   Dtype dtype;

@@ -145,7 +145,7 @@ class CrossEntropy {
     S* const grad_soft = at<S>(a_.grad_soft, n, i);
     float& loss = a_.loss[n * a_.inner + i];
     const int64_t target = kTarget == Target::soft ? 0 : a_.target[n * a_.inner + i];
-    if (kTarget != Target::soft && target == a_.ignore_index) {
+    if (kTarget != Target::soft && (target == a_.ignore_index || !has_class(a_, target))) {
       loss = 0.0f;
       if (grad)
         each_vec(classes, [&](int64_t j, int lanes) { store_part(grad + j, zero(), lanes); });
@@ -165,18 +165,19 @@ class CrossEntropy {
           grad ? sums<true>(x + j, soft, j, e + j, many) : sums<false>(x + j, soft, j, e, many);
       if (!parts[c].empty && !(parts[c].shift <= top)) top = parts[c].shift;
     }
-    float total = 0.0f, b = 0.0f, dot = 0.0f;
+    double sum = 0.0, weights = 0.0, dots = 0.0;
     for (int64_t c = 0; c < chunks; ++c) {
       Sums& part = parts[c];
       const float up = part.empty ? 1.0f : expf(part.shift - top);  // its sum is 0, or NaN
-      total += part.total * up;
-      b += part.weight;
-      dot += part.dot + (part.shift - top) * part.weight;
+      sum += double(part.total) * up;
+      weights += part.weight;
+      dots += part.dot;
+      if (part.weight != 0.0f) dots += (double(part.shift) - top) * part.weight;
       part.total = up;
     }
-    if (top == -kInf && classes > 0) total = __builtin_nanf("");  // as inf - inf is
+    const float total = top == -kInf && classes > 0 ? __builtin_nanf("") : float(sum);  // inf - inf
     const float x_target = kTarget == Target::soft ? 0.0f : to_float(x[target]);
-    const Position p = finish(target, x_target, top, total, b, dot);
+    const Position p = finish(target, x_target, top, total, float(weights), float(dots));
     loss = classes > 0 ? p.loss : 0.0f;
     if (grad) {
       const float e_target = kTarget == Target::soft ? 0.0f : e[target];
@@ -240,12 +241,13 @@ class CrossEntropy {
     float lane[kLanes] = {}, own[kLanes] = {};
     for (int l = 0; l < lanes && kTarget != Target::soft; ++l) {
       const int64_t target = a_.target[place + l];
-      const bool ignored = target == a_.ignore_index;
+      const bool ignored = target == a_.ignore_index || !has_class(a_, target);
       lane[l] = ignored ? -1.0f : float(target);
       own[l] = ignored ? 0.0f : weight(target);
     }
     const Vec target = load(lane), own_weight = load(own);
-    Vec total = zero(), b = zero(), dot = zero(), x_target = zero();
+    LongSum sum, weights, dots;
+    Vec x_target = zero();
     for (int64_t c = 0; c < classes;) {
       Vec part = zero(), b_part = zero(), dot_part = zero();
       for (const int64_t end = smaller(classes, c + kSumVecs); c < end; ++c) {
@@ -259,9 +261,10 @@ class CrossEntropy {
           dot_part = fma(each, v, dot_part), b_part = b_part + each;
         }
       }
-      total = total + part, b = b + b_part, dot = dot + dot_part;
+      sum.add(part), weights.add(b_part), dots.add(dot_part);
     }
-    total = select(equal(top, set1(-kInf)), set1(__builtin_nanf("")), total);
+    const Vec total = select(equal(top, set1(-kInf)), set1(__builtin_nanf("")), sum.value());
+    Vec b = weights.value(), dot = dots.value();
     Vec b_target = zero();
     if constexpr (kTarget != Target::soft) {
       const Vec hit = own_weight * set1(keep_);

@@ -8,7 +8,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <thread>
+
+#include "cpu/task_loop.h"
 
 namespace mmkern {
 namespace {
@@ -35,21 +36,14 @@ void run_tasks(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     for (int64_t task = 0; task < tasks; ++task) fn(context, task);
     return;
   }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) fn(context, task);
-  });
+  TaskLoop loop(tasks);
+  torch::stable::parallel_for(
+      0, threads, 1, [&](int64_t, int64_t) { loop.run([&](int64_t task) { fn(context, task); }); });
 }
 
-void await_turn(const int32_t* turn, int32_t value) {
-  // Another thread is at most one block ahead: some ten microseconds. Where there are more threads
-  // than cores it may not be running at all: let it.
-  for (int looked = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != value; ++looked) {
-    if (looked > 1000) std::this_thread::yield();
-  }
-}
+void await_turn(const int32_t* turn, int32_t value) { await(turn, value); }
 
-void pass_turn(int32_t* turn, int32_t next) { __atomic_store_n(turn, next, __ATOMIC_RELEASE); }
+void pass_turn(int32_t* turn, int32_t next) { pass(turn, next); }
 
 void* thread_scratch(size_t bytes) {
   thread_local std::unique_ptr<void, Free> memory;

@@ -3,11 +3,10 @@
 #include "cpu/position.h"
 
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "cpu/offsets.h"
 #include "cpu/turns.h"
 
 namespace mmkern {
@@ -20,8 +19,23 @@ Encoding encoding_of(const std::string& name) {
   if (name == "sinusoidal") return Encoding::sinusoidal;
   if (name == "scalar") return Encoding::scalar;
   if (name == "table") return Encoding::table;
-  STD_TORCH_CHECK(name == "sincos2d", "encoding: unknown name ", name);
-  return Encoding::sincos2d;
+  if (name == "sincos2d") return Encoding::sincos2d;
+  refuse("encoding", "unknown name '", name, "'");
+}
+
+// What both ops ask of what is added to rows of `dim`, of x's dtype.
+void check_encoding(Encoding encoding, const OptionalTensor& table, int64_t offset,
+                    const OptionalTensor& offsets, ScalarType type, int64_t dim) {
+  if ((encoding == Encoding::table) != bool(table)) {
+    refuse("table", table ? "taken" : "needed", " by encoding 'table' alone");
+  }
+  if (table) {
+    const Checked t(*table, "table");
+    t.typed(type).ranked(2, 2).shaped({t.sizes[0], dim});
+  }
+  if (encoding == Encoding::sincos2d && (offset || offsets)) {
+    refuse("offset", "encoding 'sincos2d' takes none");
+  }
 }
 
 Tensor rows_contiguous(const Tensor& t) {
@@ -64,23 +78,14 @@ void use_frequencies(PositionArgs* a) {
 // Adds what both ops share to `a`, whose dtype, rows, scale and offset are set, and runs it.
 void run(PositionArgs a, const OptionalTensor& table, const OptionalTensor& offsets, double scale) {
   a.scale = float(scale);
-  Tensor starts, rows;
-  if (offsets) {
-    starts = torch::stable::contiguous(*offsets);
-    a.offsets = static_cast<const int64_t*>(starts.const_data_ptr());
-  }
+  const std::vector<int64_t> starts = read_offsets(offsets);
+  if (offsets) a.offsets = starts.data();
+  Tensor rows;
   if (a.encoding == Encoding::table) {
     rows = rows_contiguous(*table);
     a.table = rows.const_data_ptr();
     a.table_stride = rows.stride(0);
-    for (int64_t b = 0; b < (a.offsets ? a.out.batch : 1); ++b) {
-      const int64_t first = a.offsets ? a.offsets[b] : a.offset, max_length = rows.size(0);
-      if (first < 0 || first > max_length - a.out.length) {
-        throw std::out_of_range("offset: " + std::to_string(first) + " + length " +
-                                std::to_string(a.out.length) + " exceeds max_length " +
-                                std::to_string(max_length) + " of the encoding table");
-      }
-    }
+    check_starts(starts, a.offset, a.out.length, rows.size(0));
   }
   if (a.encoding != Encoding::none && a.encoding != Encoding::table) use_frequencies(&a);
   add_positions(a);
@@ -91,10 +96,16 @@ Tensor add_positional_encoding_fwd(const Tensor& x_in, const std::string& encodi
                                    const OptionalTensor& offsets, double scale, double dropout_p,
                                    const OptionalTensor& seed) {
   PositionArgs a{};
-  a.dtype = dtype_of(x_in, "x");
   a.encoding = encoding_of(encoding);
-  a.offset = offset;
   const bool grid = a.encoding == Encoding::sincos2d;
+  const Checked given(x_in, "x");
+  given.floating().ranked(grid ? 3 : 2);
+  if (grid && given.size(1) % 4) refuse("x", "'sincos2d' needs a dim divisible by 4");
+  check_encoding(a.encoding, table, offset, offsets, given.type, given.size(1));
+  check_offsets(offsets, offset, given, given.rank > 2);
+  check_dropout(dropout_p, seed);
+  a.dtype = dtype_of(x_in, "x");
+  a.offset = offset;
   Tensor x = x_in, out = empty_rows(&x);
   if (x.numel() == 0) return out;
   a.x = rows_of(x, grid);
@@ -106,25 +117,33 @@ Tensor add_positional_encoding_fwd(const Tensor& x_in, const std::string& encodi
 
 Tensor embed_tokens_fwd(const Tensor& tokens, const Tensor& weight_in, const std::string& encoding,
                         const OptionalTensor& table, int64_t offset, const OptionalTensor& offsets,
-                        double scale, double dropout_p, std::optional<int64_t> /*padding_idx*/,
+                        double scale, double dropout_p, std::optional<int64_t> padding_idx,
                         const OptionalTensor& seed) {
+  PositionArgs a{};
+  a.encoding = encoding_of(encoding);
+  if (a.encoding == Encoding::sincos2d) refuse("encoding", "'sincos2d' is for image grids");
+  const Checked given(tokens, "tokens"), embedding(weight_in, "weight");
+  if (given.type != ScalarType::Int) given.typed(ScalarType::Long);
+  given.ranked(1);
+  embedding.floating().ranked(2, 2);
+  check_encoding(a.encoding, table, offset, offsets, embedding.type, embedding.size(1));
+  check_offsets(offsets, offset, given, given.rank > 1);
+  check_dropout(dropout_p, seed);
+  check_padding(padding_idx, embedding.sizes[0]);
   const Tensor ids = torch::stable::contiguous(tokens), weight = rows_contiguous(weight_in);
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
   shape.push_back(weight.size(1));
   Tensor out = torch::stable::new_empty(weight, shape);
-  PositionArgs a{};
   a.dtype = dtype_of(weight, "weight");
-  a.encoding = encoding_of(encoding);
   a.offset = offset;
+  a.vocabulary = weight.size(0);
   a.tokens = {ids.const_data_ptr(), ids.scalar_type() == ScalarType::Long, ids.numel()};
   int64_t bad = -1;
   check_tokens({a.tokens, uint64_t(weight.size(0)), &bad});
   if (bad >= 0) {
     const int64_t id = a.tokens.wide ? static_cast<const int64_t*>(a.tokens.ids)[bad]
                                      : static_cast<const int32_t*>(a.tokens.ids)[bad];
-    throw std::out_of_range("tokens: id " + std::to_string(id) + " at flat index " +
-                            std::to_string(bad) + " is outside the vocabulary of " +
-                            std::to_string(weight.size(0)) + " rows of weight");
+    refuse_token(id, bad, a.vocabulary);
   }
   if (out.numel() == 0) return out;
   a.out = rows_of(out);

@@ -31,6 +31,7 @@ struct PositionArgs {
   Rows x, out;
   Tokens tokens;       // with weight, instead of x.data
   const void* weight;  // (vocabulary, dim)
+  int64_t vocabulary;
   int64_t weight_stride;
   const void* table;  // (max_length, dim), dtype of x
   int64_t table_stride;

@@ -87,18 +87,16 @@ void encode(const PositionArgs& a, const float* base, const float* step, float* 
 }
 
 // Sines then cosines of all pairs at a position; in a grid, `position` is the column.
-void sincos_pairs(const PositionArgs& a, int64_t grid_row, int64_t position, float* to) {
+void sincos_pairs(const PositionArgs& a, int64_t grid_row, uint64_t position, float* to) {
   const int64_t pad = padded(a.pairs);
   if (a.encoding == Encoding::sincos2d) {  // the second half of the pairs turns with the grid's row
     const int64_t n = a.pairs / 2;
-    sincos_row(a.turns, n, uint64_t(position), to, to + pad);
+    sincos_row(a.turns, n, position, to, to + pad);
     sincos_row(a.turns, n, uint64_t(grid_row), to + n, to + pad + n);
   } else {
-    sincos_row(a.turns, a.pairs, uint64_t(position), to, to + pad);
+    sincos_row(a.turns, a.pairs, position, to, to + pad);
   }
 }
-
-inline int64_t floor_step(int64_t position) { return position & ~(kSteps - 1); }
 
 // Rows with the same positions are members of one run: all of the batch, the heads of one batch
 // entry (offsets), or one grid row over the batch (sincos2d).
@@ -129,12 +127,13 @@ class Work {
 
   // Rows of members [m0, m1) of `run` at chunk `index` of its positions.
   void run_chunk(int64_t run, int64_t index, int64_t m0, int64_t m1) const {
-    const int64_t start = a.offsets ? a.offsets[run] : a.offset, end = start + a.out.length;
-    const int64_t first = floor_step(start) + index * chunk;
-    const int64_t p0 = first < start ? start : first;
-    const int64_t p1 = first + chunk < end ? first + chunk : end;
-    if (p0 >= p1) return;
-    const int64_t t0 = p0 - start, n = p1 - p0;
+    // Rows [t0, t1) of the run. Positions wrap as int64 does, for whatever offset.
+    const int64_t start = a.offsets ? a.offsets[run] : a.offset;
+    const int64_t first = index * chunk - (start & (kSteps - 1));
+    const int64_t t0 = first < 0 ? 0 : first;
+    const int64_t t1 = first + chunk < a.out.length ? first + chunk : a.out.length;
+    if (t0 >= t1) return;
+    const int64_t n = t1 - t0;
     const bool computed = a.encoding != Encoding::none && a.encoding != Encoding::table;
     const int64_t pad = padded(a.pairs), room = dropout.on() ? factor_room(a.out.dim) : 0;
     const int64_t floats = room + (computed ? 2 * pad + chunk * stride : 0);
@@ -143,14 +142,14 @@ class Work {
     if (a.encoding == Encoding::none) {
       members<false>(run, m0, m1, t0, n, static_cast<const T*>(nullptr), 0, factors);
     } else if (a.encoding == Encoding::table) {
-      const T* table = static_cast<const T*>(a.table) + p0 * a.table_stride;
+      const T* table = static_cast<const T*>(a.table) + (start + t0) * a.table_stride;
       members<true>(run, m0, m1, t0, n, table, a.table_stride, factors);
     } else {
       float *base = factors + room, *rows = base + 2 * pad;
-      for (int64_t p = p0; p < p1; ++p) {
-        const int64_t step = p - floor_step(p);
-        if (step == 0 || p == p0) sincos_pairs(a, run, p - step, base);
-        encode(a, base, a.steps + step * 2 * pad, rows + (p - p0) * stride);
+      for (int64_t t = t0; t < t1; ++t) {
+        const uint64_t p = uint64_t(start) + uint64_t(t), step = p & (kSteps - 1);
+        if (step == 0 || t == t0) sincos_pairs(a, run, p - step, base);
+        encode(a, base, a.steps + step * 2 * pad, rows + (t - t0) * stride);
       }
       members<true>(run, m0, m1, t0, n, rows, stride, factors);
     }
@@ -188,7 +187,9 @@ class Work {
   const T* embedding(int64_t i) const {
     const int64_t id = a.tokens.wide ? static_cast<const int64_t*>(a.tokens.ids)[i]
                                      : static_cast<const int32_t*>(a.tokens.ids)[i];
-    return static_cast<const T*>(a.weight) + id * a.weight_stride;
+    // Checked before, and again where it is used: another thread may have changed it.
+    const bool known = uint64_t(id) < uint64_t(a.vocabulary);
+    return static_cast<const T*>(a.weight) + (known ? id : 0) * a.weight_stride;
   }
 
   const PositionArgs& a;

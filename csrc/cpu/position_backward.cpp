@@ -5,8 +5,8 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/offsets.h"
 #include "cpu/pages.h"
-#include "cpu/tensor.h"
 
 namespace mmkern {
 namespace {
@@ -21,6 +21,12 @@ Tensor with_rows(const Tensor& grad) {
 Tensor position_table_bwd(const Tensor& grad_in, int64_t positions, int64_t offset,
                           const OptionalTensor& offsets, double dropout_p,
                           const OptionalTensor& seed) {
+  const Checked given(grad_in, "grad");
+  given.floating().ranked(2);
+  check_offsets(offsets, offset, given, given.rank > 2);
+  check_dropout(dropout_p, seed);
+  check_range<int64_t>("max_length", positions, 0, INT64_MAX);
+  const std::vector<int64_t> starts = read_offsets(offsets);
   const Tensor grad = with_rows(grad_in);
   Tensor out = torch::stable::new_empty(grad, {positions, grad.size(grad.dim() - 1)});
   if (out.numel() == 0) return out;
@@ -30,33 +36,41 @@ Tensor position_table_bwd(const Tensor& grad_in, int64_t positions, int64_t offs
   a.out = out.mutable_data_ptr();
   a.positions = positions;
   a.offset = offset;
-  Tensor starts;
-  if (offsets) {
-    starts = torch::stable::contiguous(*offsets);
-    a.offsets = static_cast<const int64_t*>(starts.const_data_ptr());
-  }
+  if (offsets) a.offsets = starts.data();
   a.keep = keep_places(grad, dropout_p, seed);
   sum_positions(a);
   return out;
 }
 
+// The rows of each token, one after the other: order[starts[id]] up to order[starts[id + 1]]. Each
+// id is read once: the buffer of tokens may have been filled anew since forward, or be so now. An
+// id outside the vocabulary has no row of the gradient, as in torch's own embedding.
 template <class Id>
 void sort_tokens(const Id* ids, int64_t count, int64_t vocabulary, int64_t padding,
                  std::vector<int64_t>* starts, std::vector<int64_t>* order) {
   starts->assign(vocabulary + 2, 0);
-  for (int64_t i = 0; i < count; ++i) {
-    if (ids[i] != padding) ++(*starts)[ids[i] + 2];
+  std::vector<int64_t> read(ids, ids + count);
+  for (int64_t& id : read) {
+    if (uint64_t(id) >= uint64_t(vocabulary) || id == padding) id = -1;
+    if (id >= 0) ++(*starts)[id + 2];
   }
   for (int64_t id = 0; id < vocabulary; ++id) (*starts)[id + 2] += (*starts)[id + 1];
   order->resize(starts->back());
   for (int64_t i = 0; i < count; ++i) {
-    if (ids[i] != padding) (*order)[(*starts)[ids[i] + 1]++] = i;
+    if (read[i] >= 0) (*order)[(*starts)[read[i] + 1]++] = i;
   }
 }
 
 Tensor embed_tokens_bwd(const Tensor& grad_in, const Tensor& tokens, int64_t vocabulary,
                         double scale, double dropout_p, std::optional<int64_t> padding_idx,
                         const OptionalTensor& seed) {
+  const Checked given(grad_in, "grad"), index(tokens, "tokens");
+  if (index.type != ScalarType::Int) index.typed(ScalarType::Long);
+  index.ranked(1);
+  given.floating().ranked(2).shaped(index, index.rank, {given.size(1)});
+  check_range<int64_t>("vocabulary", vocabulary, 0, INT64_MAX - 2);
+  check_dropout(dropout_p, seed);
+  check_padding(padding_idx, vocabulary);
   const Tensor grad = with_rows(grad_in), ids = torch::stable::contiguous(tokens);
   Tensor out = torch::stable::new_empty(grad, {vocabulary, grad.size(grad.dim() - 1)});
   if (out.numel() == 0) return out;

@@ -29,6 +29,36 @@ void add_to_sum(const T* row, const float* factors, float* sum, int64_t dim) {
   }
 }
 
+// A sum of any number of rows: 64 in float32, and what these add up to in double.
+class RowSum {
+  static constexpr int64_t kNear = 64;
+  float* const near_;
+  double* const far_;
+  const int64_t dim_;
+  int64_t count_ = 0;
+
+ public:
+  // In floats of scratch, 64-byte aligned.
+  static int64_t room(int64_t dim) { return 3 * (dim + kMaxLanes + 15) / 16 * 16; }
+  RowSum(float* scratch, int64_t dim)
+      : near_(scratch + 2 * (dim + kMaxLanes)),
+        far_(reinterpret_cast<double*>(scratch)),
+        dim_(dim) {
+    memset(near_, 0, (dim + kMaxLanes) * sizeof(float));
+  }
+  template <class T>
+  void add(const T* row, const float* factors) {
+    add_to_sum(row, factors, near_, dim_);
+    if (++count_ % kNear != 0) return;
+    for (int64_t j = 0; j < dim_; ++j) far_[j] = (count_ > kNear ? far_[j] : 0.0) + near_[j];
+    memset(near_, 0, dim_ * sizeof(float));
+  }
+  const float* value() {
+    for (int64_t j = 0; count_ >= kNear && j < dim_; ++j) near_[j] = float(far_[j] + near_[j]);
+    return near_;
+  }
+};
+
 template <class T>
 void write_sum(const float* sum, float scale, T* out, int64_t dim) {
   for (int64_t j = 0; j < dim; j += kLanes) {

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "cpu/check.h"
 #include "cpu/turns.h"
 
 namespace mmkern {
@@ -21,6 +21,44 @@ Tensor prepare(Tensor* t, Rows* in, Rows* to) {
   *in = rows_of(*t);
   *to = rows_of(out);
   return out;
+}
+
+void check(const Checked& q, const OptionalTensor& positions, double base,
+           const std::string& layout, int64_t rotary_dim, const Grid& grid) {
+  q.floating().ranked(2);
+  const int64_t length = q.size(2);
+  if (positions) {
+    const Checked p(*positions, "positions");
+    p.typed(ScalarType::Long).ranked(1);
+    p.rank == 2 && q.rank > 2 ? p.shaped({q.sizes[0], length}) : p.shaped({length});
+  }
+  if (!(base > 0.0 && base - base == 0.0)) {
+    refuse("base", "expected a finite number above 0, got ", base);
+  }
+  if (layout != "half" && layout != "interleaved") {
+    refuse("layout", "expected 'half' or 'interleaved', got '", layout, "'");
+  }
+  const int64_t unit = grid ? 4 : 2;
+  check_range<int64_t>("rotary_dim", rotary_dim, 1, q.size(1));
+  if (rotary_dim % unit)
+    refuse("rotary_dim", "expected a multiple of ", unit, ", got ", rotary_dim);
+  if (grid) {
+    if (grid->size() != 2 || (*grid)[0] < 1 || (*grid)[1] < 1) {
+      refuse("grid", "expected a height and a width, each at least 1");
+    }
+    if (!positions && product("grid", {(*grid)[0], (*grid)[1]}) != length) {
+      refuse("grid", "expected height * width = length ", length, " without positions");
+    }
+  }
+}
+
+void check_pair(const Checked& k, const Checked& q, const OptionalTensor& positions) {
+  const bool batch = q.rank > 3 || (q.rank > 2 && positions && positions->dim() == 2);
+  k.typed(q.type);
+  if (k.rank != q.rank || k.size(1) != q.size(1) || k.size(2) != q.size(2) ||
+      (batch && k.sizes[0] != q.sizes[0])) {
+    refuse("k", "expected q's rank, batch, length and dim");
+  }
 }
 
 void run(RotaryArgs a, const OptionalTensor& positions, double base, const std::string& layout,
@@ -48,6 +86,7 @@ void run(RotaryArgs a, const OptionalTensor& positions, double base, const std::
 
 Tensor rotary_fwd(Tensor q, const OptionalTensor& positions, double base, const std::string& layout,
                   int64_t rotary_dim, const Grid& grid, bool inverse) {
+  check(Checked(q, "q"), positions, base, layout, rotary_dim, grid);
   RotaryArgs a{};
   a.dtype = dtype_of(q, "q");
   Tensor q_out = prepare(&q, &a.q, &a.q_out);
@@ -58,6 +97,9 @@ Tensor rotary_fwd(Tensor q, const OptionalTensor& positions, double base, const 
 std::tuple<Tensor, Tensor> rotary_qk_fwd(Tensor q, Tensor k, const OptionalTensor& positions,
                                          double base, const std::string& layout, int64_t rotary_dim,
                                          const Grid& grid, bool inverse) {
+  const Checked given(q, "q");
+  check(given, positions, base, layout, rotary_dim, grid);
+  check_pair(Checked(k, "k"), given, positions);
   RotaryArgs a{};
   a.dtype = dtype_of(q, "q");
   Tensor q_out = prepare(&q, &a.q, &a.q_out), k_out = prepare(&k, &a.k, &a.k_out);

@@ -10,6 +10,47 @@ inline Vec load_part(const T* p, int n) {
   return n == kLanes ? load(p) : load_n(p, n);
 }
 
+// A sum of any number of vectors: 64 in float32, and what these add up to in double.
+class LongSum {
+  static constexpr int64_t kNear = 64;
+  Vec near_ = zero();
+  double far_[kLanes];
+  int64_t count_ = 0;
+
+  bool folded() const { return count_ >= kNear; }
+
+ public:
+  void add(Vec v) {
+    near_ = near_ + v;
+    if (++count_ % kNear != 0) return;
+    float lanes[kLanes];
+    store(lanes, near_);
+    for (int l = 0; l < kLanes; ++l) far_[l] = (count_ > kNear ? far_[l] : 0.0) + lanes[l];
+    near_ = zero();
+  }
+  void scale(Vec factor) {
+    near_ = near_ * factor;
+    if (!folded()) return;
+    float lanes[kLanes];
+    store(lanes, factor);
+    for (int l = 0; l < kLanes; ++l) far_[l] *= lanes[l];
+  }
+  // Of each lane.
+  Vec value() const {
+    if (!folded()) return near_;
+    float lanes[kLanes];
+    store(lanes, near_);
+    for (int l = 0; l < kLanes; ++l) lanes[l] = float(far_[l] + lanes[l]);
+    return load(lanes);
+  }
+  // Of all lanes.
+  double total() const {
+    double sum = reduce_add(near_);
+    for (int l = 0; folded() && l < kLanes; ++l) sum += far_[l];
+    return sum;
+  }
+};
+
 template <class S>
 inline float row_max(const S* x, int64_t n) {
   Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};

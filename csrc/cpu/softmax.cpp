@@ -1,4 +1,5 @@
 // Softmax on CPU: tensors in, kernel arguments out. The kernels are in softmax.isa.cpp.
+#include "cpu/check.h"
 #include "cpu/pages.h"
 #include "cpu/softmax_loops.h"
 
@@ -49,25 +50,37 @@ Tensor new_output(const Tensor& x) {
   return out;
 }
 
+void check_input(const Tensor& x, int64_t dim) { check_dim(dim, Checked(x, "input").floating()); }
+void check_out(const Tensor& x, int64_t dim, const Tensor& out) {
+  check_input(x, dim);
+  Checked(out, "out").like(Checked(x, "input")).writable();
+}
+
 Tensor softmax_fwd(const Tensor& x, int64_t dim) {
+  check_input(x, dim);
   Tensor out = new_output(x);
   run(SoftmaxKind::softmax, x, dim, out, true);
   return out;
 }
 Tensor log_softmax_fwd(const Tensor& x, int64_t dim) {
+  check_input(x, dim);
   Tensor out = new_output(x);
   run(SoftmaxKind::log_softmax, x, dim, out, true);
   return out;
 }
 void softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
+  check_out(x, dim, out);
   run(SoftmaxKind::softmax, overlap(x, out) ? torch::stable::clone(x) : x, dim, out, false);
 }
 void log_softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
+  check_out(x, dim, out);
   run(SoftmaxKind::log_softmax, overlap(x, out) ? torch::stable::clone(x) : x, dim, out, false);
 }
 Tensor masked_softmax_fwd(const Tensor& x, const MaybeTensor& mask, double scale,
                           const MaybeTensor& bias, int64_t dim, double dropout_p,
                           const MaybeTensor& seed) {
+  check_input(x, dim);
+  check_terms(Checked(x, "input"), mask, bias, scale, dropout_p, seed);
   Tensor out = new_output(x);
   run(SoftmaxKind::masked, x, dim, mask, scale, bias, dropout_p, seed, out, true);
   return out;

@@ -91,8 +91,8 @@ class Softmax {
         Row& row = group[r];
         float* const s = scratch + r * padded;
         const T* const ahead = next && row.x != next ? next + (row.x - group[0].x) : nullptr;
-        row.total = from_x ? write_exp<T, !kLog>(row.x, row.shift, s, ahead, cols)
-                           : write_exp<T, !kLog>(s, row.shift, s, ahead, cols);
+        row.total = float(from_x ? write_exp<T, !kLog>(row.x, row.shift, s, ahead, cols)
+                                 : write_exp<T, !kLog>(s, row.shift, s, ahead, cols));
       }
       for (int64_t r = 0; r < rows; ++r) finish(group[r], scratch + r * padded, spare, from_x);
     }
@@ -125,7 +125,8 @@ class Softmax {
   }
 
   struct Part {
-    float top, total;
+    double total;
+    float top;
   };
 
   // Chunks of a row by whoever is free, joined in order: the same result however they are shared
@@ -144,14 +145,16 @@ class Softmax {
     Part* const parts = static_cast<Part*>(thread_scratch(chunks * sizeof(Part)));
     each_chunk(a_.cols, shared, false, [&](int64_t c, int64_t j, int64_t n) {
       const float top = row_max(x + j, n), shift = top == -kInf ? 0.0f : top;
-      parts[c] = {top, write_exp<T, false>(x + j, shift, nullptr, static_cast<T*>(nullptr), n)};
+      parts[c] = {write_exp<T, false>(x + j, shift, nullptr, static_cast<T*>(nullptr), n), top};
     });
-    float m = -kInf, total = 0.0f;
+    float m = -kInf;
+    double sum = 0.0;
     for (int64_t c = 0; c < chunks; ++c) m = parts[c].top > m ? parts[c].top : m;
     for (int64_t c = 0; c < chunks; ++c) {
       const float top = parts[c].top == -kInf ? m : parts[c].top;  // its sum is 0 or NaN
-      total += parts[c].total * (top == m ? 1.0f : expf(top - m));
+      sum += parts[c].total * (top == m ? 1.0f : expf(top - m));
     }
+    const float total = float(sum);
     // Nothing but minus infinity, or a positive infinity: NaN, as inf - inf is.
     const Vec shift = set1(m), factor = set1(1.0f / total), log_total = set1(logf(total));
     each_chunk(a_.cols, shared, streams_, [&](int64_t, int64_t j, int64_t n) {

@@ -84,6 +84,9 @@ struct Backward {
 };
 
 Tensor plain(SoftmaxKind kind, const Tensor& grad, const Tensor& output, int64_t dim) {
+  const Checked y(output, "output");
+  check_dim(dim, y.floating());
+  Checked(grad, "grad").like(y);
   Tensor out = new_gradient(output);
   Backward{kind, grad, output, dim}.run(&out, nullptr);
   return out;
@@ -101,9 +104,17 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_bwd(const Tensor& grad, const 
                                                       const MaybeTensor& bias, int64_t dim,
                                                       double dropout_p, const MaybeTensor& seed,
                                                       int64_t wanted) {
-  STD_TORCH_CHECK(seed ? input : output, "masked_softmax_bwd: needs the ",
-                  seed ? "input with" : "output without", " dropout");
+  const char *const name = seed ? "input" : "output", *const other = seed ? "output" : "input";
+  if (!(seed ? input : output)) refuse(name, "needed ", seed ? "with" : "without", " dropout_seed");
+  if (seed ? output : input)
+    refuse(other, "not taken ", seed ? "with" : "without", " dropout_seed");
   const Tensor& x = seed ? *input : *output;
+  const Checked given(x, name);
+  check_dim(dim, given.floating());
+  Checked(grad, "grad").like(given);
+  check_terms(given, mask, bias, scale, dropout_p, seed);
+  const bool has_slope = mask && mask->scalar_type() != ScalarType::Bool;
+  check_wanted(wanted, kInput | (has_slope ? kMask : 0) | (bias ? kBias : 0));
   const Backward backward{SoftmaxKind::masked, grad, x, dim, mask, bias, scale, dropout_p, seed};
   const auto gradient = [&](Wanted which, const MaybeTensor& t) {
     return wanted & which ? new_gradient(*t) : none(x.scalar_type());

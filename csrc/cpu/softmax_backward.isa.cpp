@@ -94,15 +94,15 @@ class SoftmaxBackward {
       const int64_t first = task * kChunk, n = smaller(kChunk, elements - first);
       float* const sums = static_cast<float*>(thread_scratch(n * sizeof(float)));
       each_vec(n, [&](int64_t j, int lanes) {
-        Vec total = zero();
+        LongSum total;
         for (int64_t p = 0; p < parts;) {
           Vec sum = zero();
           for (const int64_t end = smaller(parts, p + kSumVecs); p < end; ++p) {
             sum = sum + load_part(a_.parts + p * elements + first + j, lanes);
           }
-          total = total + sum;
+          total.add(sum);
         }
-        store_part(sums + j, total, lanes);
+        store_part(sums + j, total.value(), lanes);
       });
       write_term(first, n, sums);
     });
@@ -176,11 +176,11 @@ class SoftmaxBackward {
   // sum g * y, or sum g: the same however a long row is cut into chunks.
   template <class S>
   static float row_total(const S* g, const S* y, int64_t n) {
-    float total = 0.0f;
+    double total = 0.0;
     for (int64_t j = 0; j < n; j += kChunk) {
       total += chunk_total(g + j, y + j, smaller(kChunk, n - j));
     }
-    return total;
+    return float(total);
   }
   template <class S>
   static float chunk_total(const S* g, const S* y, int64_t n) {
@@ -211,7 +211,7 @@ class SoftmaxBackward {
     float* const factors = w + padded_;
     const float top = row_scores(a_, x_ + at.x, a_.x.col, at, w, factors);
     const float shift = top == -kInf ? 0.0f : top;
-    const float total = write_exp<T, true>(w, shift, w, static_cast<T*>(nullptr), cols_);
+    const float total = float(write_exp<T, true>(w, shift, w, static_cast<T*>(nullptr), cols_));
     const Vec factor = set1(total == 0.0f ? 0.0f : 1.0f / total);
     gather(grad_ + at.grad, a_.grad.col, s, cols_);
     element_factors(a_, dropout_, at.out, a_.out.col, cols_, factors);
@@ -254,8 +254,9 @@ class SoftmaxBackward {
     float* const parts = static_cast<float*>(thread_scratch(chunks * sizeof(float)));
     each_chunk(cols_, true, false,
                [&](int64_t c, int64_t j, int64_t n) { parts[c] = chunk_total(g + j, y + j, n); });
-    float total = 0.0f;
-    for (int64_t c = 0; c < chunks; ++c) total += parts[c];
+    double sum = 0.0;
+    for (int64_t c = 0; c < chunks; ++c) sum += parts[c];
+    const float total = float(sum);
     each_chunk(cols_, true, false, [&](int64_t, int64_t j, int64_t n) {
       write_row(out_ + at.out + j, n, false, [=](int64_t i, int lanes) {
         return result(load_part(g + j + i, lanes), load_part(y + j + i, lanes), total);
@@ -281,7 +282,7 @@ class SoftmaxBackward {
     const T* const g = grad_ + at.grad + first;
     const T* const y = x_ + at.x + first;
     T* const out = out_ + at.out + first;
-    Vec total[4] = {zero(), zero(), zero(), zero()};
+    LongSum sum[4];
     for (int64_t j = 0; j < cols_;) {
       Vec part[4] = {zero(), zero(), zero(), zero()};
       for (const int64_t end = smaller(cols_, j + kSumVecs); j < end; ++j) {
@@ -291,8 +292,9 @@ class SoftmaxBackward {
               kLog ? part[v] + grad : fma(grad, load_part(y + j * a_.x.col + i, lanes), part[v]);
         });
       }
-      for (int v = 0; v < 4; ++v) total[v] = total[v] + part[v];
+      for (int v = 0; v < 4; ++v) sum[v].add(part[v]);
     }
+    const Vec total[4] = {sum[0].value(), sum[1].value(), sum[2].value(), sum[3].value()};
     for (int v = 0; hides_ && v < 4; ++v) {
       if (any(~finite(total[v]))) return one_by_one(at, first, n);
     }

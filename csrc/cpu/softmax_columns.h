@@ -39,10 +39,8 @@ class SoftmaxColumns {
 
  private:
   struct Columns {
-    Vec top[4], total[4];
-    Columns() {
-      for (int v = 0; v < 4; ++v) top[v] = set1(-kInf), total[v] = zero();
-    }
+    Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
+    LongSum sum[4];
   };
 
   // What to multiply an exponential by, or to subtract from x - top.
@@ -76,23 +74,24 @@ class SoftmaxColumns {
           part[v] = part[v] + e;
         });
       }
-      for (int v = 0; v < 4; ++v) c.total[v] = c.total[v] + part[v];
+      for (int v = 0; v < 4; ++v) c.sum[v].add(part[v]);
     }
-    for (Vec& total : c.total) total = finishing(total);
+    Vec last[4];
+    for (int v = 0; v < 4; ++v) last[v] = finishing(c.sum[v].value());
     for (int64_t j = 0; j < a_.cols; ++j) {
       T* const out = out_ + to + j * a_.out.col;
       if (dropout_.on()) {
         float factors[2 * kWidth];
         element_factors(a_, dropout_, to + j * a_.out.col, 1, n, factors);
         each_lane_vec(n, [&](int v, int i, int lanes) {
-          const Vec weight = load(s + j * kWidth + i) * c.total[v];
+          const Vec weight = load(s + j * kWidth + i) * last[v];
           store_part(out + i, drop(weight, load(factors + i)), lanes);
         });
         continue;
       }
       each_lane_vec(n, [&](int v, int i, int lanes) {
         const Vec e = load(s + j * kWidth + i);
-        store_part(out + i, kLog ? e - c.total[v] : e * c.total[v], lanes);
+        store_part(out + i, kLog ? e - last[v] : e * last[v], lanes);
       });
     }
   }
@@ -111,7 +110,7 @@ class SoftmaxColumns {
       for (int v = 0; v < 4; ++v) {
         // A NaN may or may not have stayed the maximum: the sum has it either way.
         shift[v] = select(equal(top[v], set1(-kInf)), zero(), top[v]);
-        c.total[v] = c.total[v] * exp_to<T>(c.top[v] - shift[v]);
+        c.sum[v].scale(exp_to<T>(c.top[v] - shift[v]));
         c.top[v] = top[v];
       }
       for (int64_t i = j; i < end; ++i) {
@@ -119,10 +118,10 @@ class SoftmaxColumns {
           part[v] = part[v] + exp_to<T>(load_part(x + i * a_.x.col + lane, lanes) - shift[v]);
         });
       }
-      for (int v = 0; v < 4; ++v) c.total[v] = c.total[v] + part[v];
+      for (int v = 0; v < 4; ++v) c.sum[v].add(part[v]);
     }
     Vec last[4];
-    for (int v = 0; v < 4; ++v) last[v] = finishing(c.total[v]);
+    for (int v = 0; v < 4; ++v) last[v] = finishing(c.sum[v].value());
     for (int64_t j = 0; j < a_.cols; ++j) {
       each_lane_vec(n, [&](int v, int i, int lanes) {
         const Vec difference = load_part(x + j * a_.x.col + i, lanes) - c.top[v];

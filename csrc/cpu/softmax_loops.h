@@ -4,12 +4,30 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/check.h"
 #include "cpu/softmax.h"
 #include "cpu/tensor.h"
 
 namespace mmkern {
 
 using MaybeTensor = std::optional<Tensor>;
+
+// What masked softmax asks beside its input x, forward and backward.
+inline void check_terms(const Checked& x, const MaybeTensor& mask, const MaybeTensor& bias,
+                        double scale, double dropout_p, const MaybeTensor& seed) {
+  if (mask) {
+    const Checked m(*mask, "mask");
+    if (m.type != ScalarType::Bool && m.type != ScalarType::Float) m.typed(x.type);
+    m.broadcasts(x);
+  }
+  if (bias) {
+    const Checked b(*bias, "bias");
+    if (b.type != ScalarType::Float) b.typed(x.type);
+    b.broadcasts(x);
+  }
+  if (scale - scale != 0.0) refuse("scale", "expected a finite number, got ", scale);
+  check_dropout(dropout_p, seed);
+}
 
 // Sizes and strides of a tensor, or of one that need not exist; null where there is none.
 struct Layout {

@@ -96,8 +96,8 @@ inline int64_t row_count(const SoftmaxArgs& a) {
 // e = exp(x - shift), n of each, as exact as T; returns the sum. e may be x, or null. Meanwhile
 // asks for `next`, n elements that will be read soon.
 template <class T, bool kKeep, class S>
-float write_exp(const S* x, float shift, float* e, const T* next, int64_t n) {
-  Vec total = zero();
+double write_exp(const S* x, float shift, float* e, const T* next, int64_t n) {
+  LongSum total;
   int64_t j = 0;
   while (j + kLanes <= n) {
     Vec part = zero();
@@ -108,14 +108,14 @@ float write_exp(const S* x, float shift, float* e, const T* next, int64_t n) {
       if (kKeep) store(e + j, v);
       part = part + v;
     }
-    total = total + part;
+    total.add(part);
   }
   if (const int left = int(n - j)) {
     const Vec v = exp_to<T>(load_n(x + j, left) - set1(shift));
     if (kKeep) store_n(e + j, v, left);
-    total = total + select(first_n(left), v, zero());
+    total.add(select(first_n(left), v, zero()));
   }
-  return reduce_add(total);
+  return total.total();
 }
 
 // out[j] = result(j, n), past the caches where the output would not stay there. What a result is

@@ -10,7 +10,11 @@ namespace {
 constexpr int64_t kFine = 16;
 constexpr double kTurnsPerRadian = 0.159154943091895335769;
 
-uint64_t fixed_point(double turns) { return uint64_t((turns - std::floor(turns)) * 0x1p64); }
+// 0 where there are too many to have a fraction, or infinitely many.
+uint64_t fixed_point(double turns) {
+  const double fraction = turns - std::floor(turns);
+  return fraction < 1.0 ? uint64_t(fraction * 0x1p64) : 0;
+}
 
 }  // namespace
 

@@ -11,6 +11,22 @@ from torch import Tensor
 BLOCKS = ("transformer", "mlp")
 SIMILARITIES = ("dot", "cosine", "euclidean", "squared_euclidean")
 ENCODINGS = ("sinusoidal", "scalar", "learned", "rotary", "alibi", "none")
+# Least and most of each number. A model this thin has no use for more, and what allocates or loops by one of them ends.
+LIMITS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 1 << 24),
+    "classes": (0, 1 << 20),
+    "width": (1, 1 << 14),
+    "heads": (1, 1 << 10),
+    "encoder_layers": (0, 256),
+    "decoder_layers": (0, 256),
+    "mlp_ratio": (0.0, 64.0),
+    "image_size": (0, 1 << 11),
+    "image_embedding": (0, 1 << 16),
+    "patch_size": (1, 1 << 11),
+    "word_vector_dim": (0, 1 << 14),
+    "max_tokens": (1, 1 << 16),
+}
+WEIGHTS = 1 << 32  # of all blocks and the vocabulary together: 16 GiB in float32, four times that with AdamW's state
 
 
 @dataclass
@@ -72,12 +88,11 @@ class ModelConfig:
         for name, known in (("block", BLOCKS), ("similarity", SIMILARITIES), ("encoding", ENCODINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("vocab_size", "width", "heads", "max_tokens", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("classes", "encoder_layers", "decoder_layers", "image_size", "image_embedding", "word_vector_dim"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                bound = f"most {most}" if value > most else f"least {least}"
+                raise ValueError(f"{name}: expected at {bound}, got {value}")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width: expected a multiple of 4 and of heads = {self.heads}, got {self.width}")
         if self.encoding == "rotary" and self.width // self.heads % 2:
@@ -90,6 +105,13 @@ class ModelConfig:
             raise ValueError(f"mlp_ratio: expected at least one hidden channel, got {self.mlp_ratio}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a chance in [0, 1), got {self.dropout}")
+        mlp = 2 * self.mlp_ratio
+        blocks = self.encoder_layers * (4 + mlp) + self.decoder_layers * (8 + mlp)
+        weights = blocks * self.width**2 + self.vocab_size * (self.word_vector_dim or self.width)
+        if weights > WEIGHTS:
+            raise ValueError(
+                f"width: with these layers and tokens expected at most {WEIGHTS} weights, got {weights:.3g}"
+            )
         for name in ("pad", "start", "end"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(

@@ -138,7 +138,9 @@ def _sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token (B,) from logits (B, V)."""
-    ordered, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    # the largest is 0, so that no quotient overflows: towards 0 the temperature makes sampling greedy
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if top_k is not None:
         keep[:, top_k:] = False

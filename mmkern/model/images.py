@@ -24,13 +24,10 @@ class ImageStem(nn.Module):
         ValueError: a picture cannot be cut into patches, or config.image_stem is neither known here nor a backbone.
     """
 
-    mean: Tensor
-    deviation: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.backbone: dict[str, Any] | None = None
-        statistics = _PLAIN
+        self.statistics = _PLAIN  # numbers, no buffers: meta construction and `to_empty` would leave those undefined
         if config.image_stem == "conv":
             self.features: nn.Module = conv_stem(config.width)
         elif config.image_stem == "patch":
@@ -40,13 +37,15 @@ class ImageStem(nn.Module):
                 )
             self.features = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         else:
-            self.features, statistics = Backbone(config), _IMAGENET
+            self.features, self.statistics = Backbone(config), _IMAGENET
             self.backbone = self.features.settings
-        for name, values in zip(("mean", "deviation"), statistics, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
+        wide = images.to(torch.promote_types(images.dtype, torch.float32))  # rounded once, at the end
+        channels = [
+            (wide[:, c] - mean) / deviation for c, (mean, deviation) in enumerate(zip(*self.statistics, strict=True))
+        ]
+        x = torch.stack(channels, 1).to(images.dtype, memory_format=torch.channels_last)
         features: Tensor = self.features(x)  # (B, W, height, width)
         return features.permute(0, 2, 3, 1)
 
@@ -84,18 +83,20 @@ class Backbone(nn.Module):
         weights = config.image_weights if config.image_backbone is None else None
         if weights is not None and not Path(weights).is_dir():
             raise ValueError(f"image_weights: expected a folder with a transformers model, got {weights!r}")
+        if weights is not None and (odd := [p for p in Path(weights).iterdir() if not (p.is_file() or p.is_dir())]):
+            raise ValueError(f"image_weights: {odd[0]} is no regular file")  # to read a pipe would wait for ever
         try:
             if weights is None:
                 settings = {k: v for k, v in (config.image_backbone or {}).items() if k != "model_type"}
                 self.model = AutoBackbone.from_config(AutoConfig.for_model(config.image_stem, **settings))
             else:  # AutoBackbone.from_pretrained would ask the hub, even for a folder
-                found = AutoConfig.from_pretrained(weights, local_files_only=True)
+                found = AutoConfig.from_pretrained(weights, local_files_only=True, trust_remote_code=False)
                 kind = type(AutoBackbone.from_config(found))
-                self.model = kind.from_pretrained(weights, config=found, local_files_only=True)
-        except (ValueError, KeyError, OSError) as error:
+                self.model = kind.from_pretrained(weights, config=found, local_files_only=True, use_safetensors=True)
+        except Exception as error:  # what transformers raises of foreign settings is no closed list
             raise ValueError(
                 f"image_stem: expected conv, patch or a backbone of transformers, got {config.image_stem!r} "
-                f"with image_weights {weights!r} ({error})"
+                f"with image_weights {weights!r} ({str(error)[:200]})"
             ) from None
         if self.model.config.model_type != config.image_stem:
             raise ValueError(

@@ -136,8 +136,11 @@ class MultimodalModel(nn.Module):
         if c.image_size:
             self.stem = ImageStem(c)
             c.image_backbone = self.stem.backbone
-            with torch.no_grad():
-                image_tokens = self.stem.eval()(torch.zeros(1, 3, c.image_size, c.image_size))[..., 0].numel()
+            try:
+                with torch.no_grad():
+                    image_tokens = self.stem.eval()(torch.zeros(1, 3, c.image_size, c.image_size))[..., 0].numel()
+            except RuntimeError as error:  # a grid of no features
+                raise ValueError(f"image_size: {c.image_size} does not fit {c.image_stem!r} ({error})") from None
             self.stem.train()
             flat = mlp or c.encoding == "none"
             self.grid = PositionalEncoding(c.width, "none" if flat else "sincos2d", dropout=c.dropout)

@@ -87,6 +87,8 @@ class MultiheadAttention(nn.Module):
     in_proj_weight: Tensor | None
     in_proj_bias: Tensor | None
     alibi_slopes: Tensor | None
+    # nn.TransformerEncoderLayer reads it in inference: True would hand our weights to torch's fused layer.
+    _qkv_same_embed_dim = False
 
     def __init__(
         self,
@@ -149,9 +151,17 @@ class MultiheadAttention(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
         if similarity == "cosine":
             self.log_temperature = nn.Parameter(torch.full((num_heads,), log(10.0), **like))
-        # Float32 whatever dtype: the kernel computes with them. Not saved: they follow from num_heads.
+        # Float32 whatever dtype: the kernel computes with them. Not saved: they follow from num_heads, also where this
+        # module was built on the meta device, or has just been moved or cast (`_apply`).
         slopes = mmkern.alibi_slopes(num_heads, device=device) if alibi else None
         self.register_buffer("alibi_slopes", slopes, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MultiheadAttention:
+        """Of torch: moves, casts or empties what the module holds; slopes, which no state dict has, are made anew."""
+        super()._apply(fn, recurse)
+        if self.alibi_slopes is not None:
+            self.alibi_slopes = mmkern.alibi_slopes(self.num_heads, device=self.alibi_slopes.device)
+        return self
 
     def forward(
         self,
@@ -192,12 +202,15 @@ class MultiheadAttention(nn.Module):
         offset = cache.length if cache is not None and not cache.fixed else 0
         q, k, v = self._heads(*sequences, cache, offset)
         mask = self._mask(attn_mask, key_padding_mask, q, k.shape[-2])
+        slopes = self.alibi_slopes
+        if slopes is not None and slopes.is_meta and not q.is_meta:  # weights were assigned to a module made on meta
+            slopes = self.alibi_slopes = mmkern.alibi_slopes(self.num_heads, device=q.device)
         score: dict[str, Any] = {
             "is_causal": is_causal,
             "scale": self.scale,
             "similarity": self.similarity,
             "temperature": self.log_temperature.clamp(max=log(100.0)).exp() if self.similarity == "cosine" else None,
-            "alibi_slopes": self.alibi_slopes,
+            "alibi_slopes": slopes,
             "key_lengths": key_lengths,
             "causal_alignment": "upper_left" if cache is None or cache.fixed else "lower_right",
         }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmkern.ops._numbers import integer
+from mmkern.ops.dispatch import by_value, check_dense
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -24,6 +26,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        check_dense(name, t)
         if t.dim() < 2:
             raise ValueError(f"{name}: expected at least 2 dims, got shape {tuple(t.shape)}")
         if t.dtype != query.dtype:
@@ -51,7 +54,7 @@ def alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
             and key.is_cpu
             and value.is_cpu
         )
-    except AttributeError:  # not all are tensors
+    except (AttributeError, RuntimeError):  # not all are tensors, or one is nested and has no shape
         return False
 
 
@@ -115,16 +118,9 @@ def checked_mask(mask: Tensor | None, query: Tensor, key: Tensor, rank: int, ena
 
 
 def _same_device(name: str, t: Tensor, query: Tensor) -> None:
+    check_dense(name, t)
     if t.device != query.device:
         raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
-
-
-def finite(name: str, number: Any) -> float:
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
-    if not -inf < number < inf:
-        raise ValueError(f"{name}: expected a finite number, got {number}")
-    return number
 
 
 def per_head(name: str, t: Any, query: Tensor, *, scalar: bool = False, batched: bool = False) -> Tensor:
@@ -151,17 +147,11 @@ def checked_window(window: Any) -> tuple[int, int]:
         return -1, -1
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise ValueError(f"window: expected a pair (left, right), got {window!r}")
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
-            raise TypeError(f"window: expected integers or None, got {window!r}")
-        if side is not None and side < 0:
-            raise ValueError(f"window: expected sides >= 0, got {window!r}")
-    left, right = (-1 if side is None or side >= 2**62 else side for side in window)  # positions stay in int64
+    sides = [None if side is None else integer("window", side) for side in window]
+    if any(side is not None and side < 0 for side in sides):
+        raise ValueError(f"window: expected sides >= 0, got {window!r}")
+    left, right = (-1 if side is None or side >= 2**62 else side for side in sides)  # positions stay in int64
     return left, right
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def checked_lengths(lengths: Any, query: Tensor, k_len: int) -> Tensor:
@@ -171,7 +161,7 @@ def checked_lengths(lengths: Any, query: Tensor, k_len: int) -> Tensor:
     _same_device("key_lengths", lengths, query)
     # Reading the values of a GPU tensor would stop the stream, and a traced or vmapped one has none yet: kernels
     # clamp them.
-    if type(lengths) is Tensor and lengths.is_cpu and lengths.numel() and not _traced():
+    if lengths.is_cpu and by_value(lengths) and lengths.numel():
         low, high = (int(x) for x in lengths.aminmax())
         if low < 0 or high > k_len:
             raise ValueError(f"key_lengths: expected values in [0, {k_len}], got {low}..{high}")

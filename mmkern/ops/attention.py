@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._attention_arguments import (
@@ -18,11 +19,11 @@ from mmkern.ops._attention_arguments import (
     checked_lengths,
     checked_mask,
     checked_window,
-    finite,
     per_head,
     unalign,
 )
-from mmkern.ops.dispatch import Op, Values
+from mmkern.ops._numbers import number, probability
+from mmkern.ops.dispatch import Op, Values, autocast_dtype
 from mmkern.reference import Similarity
 
 _SIMILARITIES = {name.lower(): int(member) for name, member in Similarity.__members__.items()}
@@ -31,7 +32,7 @@ _ALIGNMENTS = ("upper_left", "lower_right")
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     lead, (heads, q_len) = query.shape[:-3], query.shape[-3:-1]
-    out = query.new_empty((*lead, q_len, heads, value.shape[-1])).transpose(-3, -2)
+    out = reference.empty_output(query, value.shape[-1])
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty((*lead, heads, q_len), dtype=dtype)
 
@@ -102,7 +103,7 @@ _attention_backward = Op(
     kernels={"cpu": _refuse_cpu_backward, "triton": _refuse_triton_backward},
     triton="attention_backward.attention_bwd",
     backward=lambda grads, args, outputs, wanted: reference.attention_backward_gradients(grads, args, wanted),
-    save=lambda args, outputs: (args, ()),
+    save=lambda args, outputs, wanted: (args, ()),
 )
 
 
@@ -172,7 +173,8 @@ def scaled_dot_product_attention(
         window: (left, right): query i sees keys i + offset - left .. i + offset + right; None is unbounded.
         softcap: bound of the scores, > 0.
         alibi_slopes: float (heads,) or (..., heads).
-        key_lengths: integers broadcastable to the leading dims but the heads: keys j < key_lengths are visible.
+        key_lengths: integers broadcastable to the leading dims but the heads: keys j < key_lengths are visible. Where
+            no value can be read (in a graph, under vmap, on a GPU), one outside [0, k_len] counts as the nearer end.
         sinks: float (heads,): one more score in each row's softmax, with no value.
         causal_alignment: where query 0 stands on the key axis: "upper_left": offset 0; "lower_right": offset
             k_len - q_len, or key_lengths - q_len, so that the last query stands at the last key.
@@ -198,21 +200,32 @@ def scaled_dot_product_attention(
         >>> mmkern.scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
-    if torch._C._is_any_autocast_enabled() and isinstance(query, Tensor):
-        device = query.device.type
-        if torch.is_autocast_enabled(device):
-            query, key, value = (autocast(t, torch.get_autocast_dtype(device)) for t in (query, key, value))
-            with torch.autocast(device, enabled=False):
-                return scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, similarity=similarity,
-                    temperature=temperature, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-                    key_lengths=key_lengths, sinks=sinks, causal_alignment=causal_alignment, return_lse=return_lse,
-                )  # fmt: skip
+    if has_torch_function_variadic(query, key, value, attn_mask):
+        return handle_torch_function(
+            scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value, attn_mask, dropout_p,
+            is_causal, scale, enable_gqa, similarity=similarity, temperature=temperature, window=window,
+            softcap=softcap, alibi_slopes=alibi_slopes, key_lengths=key_lengths, sinks=sinks,
+            causal_alignment=causal_alignment, return_lse=return_lse,
+        )  # fmt: skip
+    if (
+        torch._C._is_any_autocast_enabled()
+        and isinstance(query, Tensor)
+        and (dtype := autocast_dtype(query)) is not None
+    ):
+        query, key, value = (autocast(t, dtype) for t in (query, key, value))
+        if isinstance(attn_mask, Tensor) and attn_mask.dtype in KERNEL_DTYPES and attn_mask.dtype != dtype:
+            attn_mask = attn_mask.float()  # of the two 16-bit dtypes, it may have the other
+        with torch.autocast(query.device.type, enabled=False):
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, similarity=similarity,
+                temperature=temperature, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+                key_lengths=key_lengths, sinks=sinks, causal_alignment=causal_alignment, return_lse=return_lse,
+            )  # fmt: skip
     rank = 4
     if not alike(query, key, value):
         rank, query, key, value = align(query, key, value, enable_gqa)
-    if dropout_p != 0.0 and not 0.0 <= finite("dropout_p", dropout_p) <= 1.0:
-        raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
+    if dropout_p != 0.0:
+        dropout_p = probability("dropout_p", dropout_p)
     kind = 0
     if similarity != "dot":
         if not isinstance(similarity, str) or similarity not in _SIMILARITIES:
@@ -221,7 +234,7 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = 1.0 / sqrt(query.shape[-1]) if kind == 0 and query.shape[-1] else 1.0
     else:
-        scale = finite("scale", scale)
+        scale = number("scale", scale)
 
     left = right = -1
     lower_right = False
@@ -239,10 +252,10 @@ def scaled_dot_product_attention(
         if isinstance(temperature, Tensor):
             temperature = per_head("temperature", temperature, query, scalar=True)
         elif temperature is not None:
-            scale *= finite("temperature", temperature)
+            scale *= number("temperature", temperature)
             temperature = None
         left, right = checked_window(window)
-        if softcap is not None and not (finite("softcap", softcap) > 0):
+        if softcap is not None and not ((softcap := number("softcap", softcap)) > 0):
             raise ValueError(f"softcap: expected a number > 0, got {softcap}")
         if alibi_slopes is not None:
             alibi_slopes = per_head("alibi_slopes", alibi_slopes, query, batched=True)

@@ -6,6 +6,7 @@ take this call at all; if not, the reference formula runs, and `explain` says wh
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
-from mmkern.reference.gradients import formula_gradients
+from mmkern.ops._autograd import Differentiable, DifferentiableWhenRun, Values
+from mmkern.ops._flops import enter_flop_formulas
 
 _C: ModuleType | None
 try:
@@ -33,8 +37,14 @@ _DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 _library = torch.library.Library("mmkern", "DEF")
 _cuda_library = torch.library.Library("mmkern_cuda", "DEF")  # the same schemas; kernels of mmkern._C_cuda
 Refusal = Callable[..., str | None]
-Values = Sequence[Any]
 Backward = Callable[[Sequence[Tensor | None], Values, Values, Sequence[bool]], Sequence[Tensor | None]]
+Save = Callable[[Values, Values, Sequence[bool]], tuple[Values, Values]]
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))  # the types that no __torch_dispatch__ stands behind
+# Keys of tensors whose memory is not laid out by strides: no kernel and no formula here reads it.
+_LAYOUT_KEYS = [
+    f"{layout}{device}" for layout in ("Sparse", "SparseCsr", "NestedTensor", "Quantized") for device in ("CPU", "CUDA")
+]
+_PUBLIC = {"table": "encoding", "offsets": "offset"}  # arguments of a schema that the caller knows by another name
 
 
 @dataclass(frozen=True)
@@ -95,10 +105,15 @@ class Op:
             and for each argument whether its gradient is wanted -> one gradient (or None) for each argument. It
             calls another Op, whose reference formula gives second derivatives. Without it, the reference formula
             is differentiated.
-        save: arguments and outputs, as backward gets them; replace by None what backward does not read, so that
-            its memory can be freed.
-        hidden: only the first output is the caller's; the others are for backward, which cannot be differentiated
-            through them.
+        save: arguments, outputs, and for each argument whether its gradient is wanted -> arguments and outputs as
+            backward gets them. Put None, a size or `Late` where backward does not read the values: their memory can
+            be freed then, and the caller may write into them.
+        hidden: for an op of which only the first output is the caller's, the others being for backward, which cannot be
+            differentiated through them: what backward will want, told from the arguments. It is the last of them.
+
+    Each op has a twin, `softmax_fwd_called` of `softmax_fwd`, which chooses its backend when it runs and has gradients
+    of its own. It stands for the call where calls are recorded and run later: torch.jit.trace, torch.export, and
+    torch.compile within `explain` and `backend`. (Not an overload: torch.jit forgets which one it recorded.)
     """
 
     def __init__(
@@ -108,8 +123,8 @@ class Op:
         fake: Callable[..., Any],
         kernels: dict[str, Refusal],
         backward: Backward | None = None,
-        save: Callable[[Values, Values], tuple[Values, Values]] = lambda args, outputs: (args, outputs),
-        hidden: bool = False,
+        save: Save = lambda args, outputs, wanted: (args, outputs),
+        hidden: Callable[[Values], int] | None = None,
         triton: str | Callable[..., Any] = "",
     ) -> None:
         self.name = schema.split("(", 1)[0]
@@ -118,9 +133,16 @@ class Op:
         self.backward = backward
         self.save = save
         self.hidden = hidden
+        called = f"{self.name}_called"
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.define(schema.replace(self.name, called, 1), tags=torch.Tag.pt2_compliant_tag)
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"mmkern::{self.name}", fake, lib=_library)
+        _library.impl(called, self._run, "CompositeExplicitAutograd")
+        _library.impl(called, self._run_differentiable, "Autograd", with_keyset=True)
+        for overload in (self.name, called):
+            torch.library.register_fake(f"mmkern::{overload}", fake, lib=_library)
+        for key in (*_LAYOUT_KEYS, "MkldnnCPU", "AutogradNestedTensor"):
+            _library.impl(self.name, self._check_layouts, key)
         self.triton = triton
         if triton:
             _library.impl(self.name, self._on_cuda, "CUDA")
@@ -130,27 +152,58 @@ class Op:
             _cuda_library.define(schema, tags=torch.Tag.pt2_compliant_tag)
             torch.library.register_fake(f"mmkern_cuda::{self.name}", fake, lib=_cuda_library)
             self._cuda = getattr(torch.ops.mmkern_cuda, self.name).default
+        self.called = getattr(torch.ops.mmkern, called).default
         # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
-        types = [str(argument.type) for argument in self._dispatch._schema.arguments]
-        self._tensors = [i for i, name in enumerate(types) if name in ("Tensor", "Optional[Tensor]")]
+        arguments = self._dispatch._schema.arguments
+        self._tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        self.names = [_PUBLIC.get(a.name, a.name) for a in arguments]
         self._cpu_refuses = kernels.get("cpu") if _C else None
 
     def __call__(self, *args: Any) -> Any:
-        on_cpu, wants_grad = True, False
+        plain, wants_grad = True, False
         for i in self._tensors:
             if (tensor := args[i]) is not None:
-                on_cpu = on_cpu and tensor.is_cpu
+                plain = plain and tensor.is_cpu and type(tensor) in _PLAIN
                 wants_grad = wants_grad or tensor.requires_grad
-        if on_cpu and self._cpu_refuses is not None and not _state.in_use and not _transformed():
+        if (
+            plain
+            and self._cpu_refuses is not None
+            and not _state.in_use
+            and not _python_dispatch._is_in_torch_dispatch_mode
+            and forward_ad._current_level < 0
+            and not _are_functorch_transforms_active()
+            and _get_tracing_state() is None
+        ):
             # Every call of a default CPU process passes here; what _choose would do, in a third of the time.
             kernel = self._dispatch if self._cpu_refuses(*args) is None else self.reference
+        elif _recorded():
+            return self.called(*args)[0] if self.hidden is not None else self.called(*args)
         else:
             kernel = self._choose(args)
-        if wants_grad and kernel is not self.reference and torch.is_grad_enabled():
+        if kernel is self.reference:
+            self._check_layouts(*args)
+        elif wants_grad and torch.is_grad_enabled():
             if torch.compiler.is_compiling():  # tracing refuses one tensor as two inputs: query is key, say
                 args = tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
-            return _Differentiable.apply(self, *args)
-        return kernel(*args)[0] if self.hidden else kernel(*args)
+            return Differentiable.apply(self, *self._with_wanted(args))
+        return kernel(*args) if self.hidden is None else kernel(*args)[0]
+
+    def _with_wanted(self, args: Values) -> Values:
+        return args if self.hidden is None else (*args[:-1], self.hidden(args))
+
+    def _run(self, *args: Any) -> Any:
+        return self._choose(args)(*args)
+
+    def _run_differentiable(self, keys: Any, *args: Any) -> Any:
+        below = keys & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self._tensors):
+            return DifferentiableWhenRun.apply(self, below, *self._with_wanted(args))
+        return self.called.redispatch(below, *args)
+
+    def _check_layouts(self, *args: Any) -> None:
+        for i in self._tensors:
+            if args[i] is not None:
+                check_dense(self.names[i], args[i])
 
     def direct(self, *args: Any) -> Any:
         """The kernel of the tensors' device, all of its outputs, no autograd: for ops made of others."""
@@ -170,7 +223,11 @@ class Op:
         self._launch = launcher  # type: ignore[method-assign]
         return launcher(*args)
 
-    def _choose(self, args: Sequence[Any]) -> Callable[..., Any]:
+    def _choose(self, args: Values) -> Callable[..., Any]:
+        if _python_dispatch._is_in_torch_dispatch_mode and not torch.compiler.is_compiling():
+            enter_flop_formulas()
+        if not torch.compiler.is_compiling():
+            self._spread(args)
         devices = {args[i].device.type for i in self._tensors if args[i] is not None}
         reasons: dict[str, str] = {}
         for name in BACKENDS[:-1]:
@@ -185,11 +242,22 @@ class Op:
             detail = _C.isa() if ran == "cpu" and _C else ""
             refused = {name: reasons.get(name, f"{ran} goes first") for name in BACKENDS[:-1] if name != ran}
             _state.record.append(Choice(self.name, ran, detail, refused))
+        if devices == {"meta"} and not _transformed():
+            return self._dispatch  # there are no values: the shapes, which the fake tells
         if ran == "reference":
             return self.reference
         if ran == "cuda" and self._cuda is not None:
             return self._cuda
         return self._launch if _state.interpreting else self._dispatch
+
+    def _spread(self, args: Values) -> None:
+        """Let DTensor know how to split this op, if there is one among the arguments."""
+        distributed = sys.modules.get("torch.distributed.tensor")
+        if distributed is None or not any(isinstance(args[i], distributed.DTensor) for i in self._tensors):
+            return
+        import_module("mmkern.ops._sharding").register()
+        if "dropout_seed" in self.names and args[self.names.index("dropout_seed")] is not None:
+            raise ValueError("dropout_p: not with a DTensor, of which each part would drop the same elements")
 
     def _refusal(self, name: str, devices: set[str], args: Sequence[Any]) -> str | None:
         if name not in self.kernels:
@@ -246,42 +314,36 @@ def _without_cuda() -> str | None:
 
 def _transformed() -> bool:
     """Whether forward-mode AD or a torch.func transform is on: these act on torch's own ops, so on the reference."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
 
 
-class _Differentiable(torch.autograd.Function):
-    """Forward by the kernel; gradients by the op's backward, or by differentiating its formula, recomputed."""
+def _recorded() -> bool:
+    """Whether calls are recorded now, to run later, when another backend may have to be chosen."""
+    return _get_tracing_state() is not None or (
+        torch.compiler.is_compiling() and (_state.in_use or torch.compiler.is_exporting())
+    )
 
-    # Without setup_context, for which torch would inspect the signature at every call: 30 us.
-    @staticmethod
-    def forward(ctx: Any, op: Op, *args: Any) -> Any:
-        output = op.direct(*args)
-        kept: Values = args
-        outputs: Values = ()
-        if op.backward is not None:
-            kept, outputs = op.save(args, output if isinstance(output, tuple) else (output,))
-            ctx.set_materialize_grads(False)
-        ctx.op = op
-        ctx.rest = list(kept)
-        ctx.where = [i for i in op._tensors if kept[i] is not None]
-        for i in ctx.where:
-            ctx.rest[i] = None
-        ctx.outputs = [t is not None for t in outputs]
-        ctx.save_for_backward(*(kept[i] for i in ctx.where), *(t for t in outputs if t is not None))
-        return output[0] if op.hidden else output
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        args, saved = list(ctx.rest), iter(ctx.saved_tensors)
-        for i in ctx.where:
-            args[i] = next(saved)
-        op, wanted = ctx.op, ctx.needs_input_grad[1:]
-        if op.backward is None:
-            return None, *formula_gradients(op.reference, grads, args, wanted)
-        if all(grad is None for grad in grads):
-            return (None,) * (1 + len(args))
-        outputs = [next(saved) if there else None for there in ctx.outputs]
-        return None, *op.backward(grads, args, outputs, wanted)
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What autocast turns tensors on t's device into; None where it is off, or unknown as on "meta"."""
+    device = t.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    """Raise TypeError if elements of t do not lie in memory by strides, or are not the numbers they stand for."""
+    if t.layout is not torch.strided or t.is_nested or t.is_quantized:
+        kind = "nested" if t.is_nested else t.dtype if t.is_quantized else t.layout
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
+
+
+def by_value(*tensors: Tensor) -> bool:
+    """Whether these can be read and written as what they are: nothing is traced, faked, batched or spread."""
+    if _transformed() or torch.compiler.is_compiling():
+        return False
+    return all(type(t) in _PLAIN and not torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 @contextmanager

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op, Refusal, Values, _transformed
+from mmkern.ops._autograd import Late
+from mmkern.ops._numbers import integer, probability
+from mmkern.ops.dispatch import Op, Refusal, Values, autocast_dtype, by_value, check_dense
 from mmkern.reference.gradients import formula_gradients
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,8 +93,8 @@ def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[boo
     found: list[Tensor | None] = [None] * len(args)
     if wanted[2]:
         found = formula_gradients(reference.cross_entropy_loss, [grad_loss], plain, [i == 2 for i in range(len(args))])
-    if grad_loss.dim() and not args[1].is_floating_point():
-        grad_loss = torch.where(args[1] == args[3], 0.0, grad_loss)  # 0 * inf is not 0
+    if grad_loss.dim() and (target := args[1]) is not None and not target.is_floating_point():
+        grad_loss = grad_loss.masked_fill(target == args[3], 0.0)  # 0 * inf is not 0
     for i, gradient in enumerate(saved):
         if wanted[i]:
             found[i] = _scaled(gradient, grad_loss, unit)
@@ -101,18 +103,24 @@ def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[boo
 
 def _scaled(saved: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
     """saved * grad_loss / unit, in place where the graph is freed after this, so that nobody can read saved again."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if not by_value(saved, grad_loss) or torch._C._autograd._get_current_graph_task_keep_graph():
         return _scale(saved, grad_loss, unit)
     if unit is not None or grad_loss.dim() > 0 or not grad_loss.is_cpu or grad_loss.item() != 1.0:
         _scale_(saved, grad_loss, unit)
     return saved
 
 
-def _save(args: Values, outputs: Values) -> tuple[Values, Values]:
-    input, target, wanted = args[0], args[1], args[-1]
-    half = torch.float16 in (input.dtype, target.dtype)
-    kept = wanted & 1, wanted & 2, half
+def _save(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
+    input, target, weight = args[:3]
+    kept = *wanted[:2], torch.float16 in (input.dtype, target.dtype)
+    if not wanted[2]:  # the gradients are here already: the formula is for those of second order
+        mask = args[4] == 0 and not target.is_floating_point()
+        args = Late(input), target if mask else Late(target), None if weight is None else Late(weight), *args[3:]
     return args, (None, *(t if keep else None for t, keep in zip(outputs[1:], kept, strict=True)))
+
+
+def _wanted(args: Values) -> int:
+    return args[0].requires_grad + 2 * (args[1].is_floating_point() and args[1].requires_grad)
 
 
 _cross_entropy = Op(
@@ -124,7 +132,7 @@ _cross_entropy = Op(
     triton="loss.cross_entropy_fwd",
     backward=_backward,
     save=_save,
-    hidden=True,
+    hidden=_wanted,
 )
 
 
@@ -164,18 +172,22 @@ def cross_entropy(
         >>> mmkern.cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor(1.3863)
     """
+    if has_torch_function_variadic(input, target, weight):
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
+        return handle_torch_function(cross_entropy, (input, target, weight), input, target, weight, **options)
     _check_logits(input, "input")
+    ignore_index, label_smoothing = _checked_options(ignore_index, reduction, label_smoothing)
     target = _check_target(target, input, ignore_index)
     soft = target.is_floating_point()
     if weight is not None:
         _check_weight("weight", weight, input, input.shape[min(1, input.dim() - 1)])
-    _check_options(ignore_index, reduction, label_smoothing)
-    wanted = 0
-    if torch.is_grad_enabled() and not _transformed():
-        wanted = int(input.requires_grad) + 2 * int(soft and target.requires_grad)
     dtype = _loss_dtype(input, target if soft else None, weight if soft else None)
     wide = dtype != input.dtype
-    args = input, target, weight, ignore_index, _REDUCTIONS[reduction], float(label_smoothing), wide, wanted
+    args = input, target, weight, ignore_index, _REDUCTIONS[reduction], label_smoothing, wide, 0
     return _cross_entropy(*args).to(dtype)
 
 
@@ -184,7 +196,7 @@ def _loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
     for other in others:
         if other is not None:
             dtype = torch.promote_types(dtype, other.dtype)
-    if dtype.itemsize < 4 and torch.is_autocast_enabled(input.device.type):
+    if dtype.itemsize < 4 and autocast_dtype(input) is not None:
         return torch.float32
     return dtype
 
@@ -192,6 +204,7 @@ def _loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
 def _check_logits(t: Any, name: str) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    check_dense(name, t)
     if not t.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")
     if t.dim() == 0:
@@ -202,6 +215,7 @@ def _check_target(target: Any, input: Tensor, ignore_index: int) -> Tensor:
     """`target` as int64 classes or as probabilities."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
+    check_dense("target", target)
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"target: expected classes (integers) or probabilities (floating point), got {target.dtype}")
     if target.device != input.device:
@@ -212,7 +226,7 @@ def _check_target(target: Any, input: Tensor, ignore_index: int) -> Tensor:
                 f"target: expected probabilities of input's shape {tuple(input.shape)}, "
                 f"got {tuple(target.shape)} {target.dtype}"
             )
-        if ignore_index != -100 and isinstance(ignore_index, int) and ignore_index >= 0:
+        if ignore_index >= 0:
             raise ValueError(f"ignore_index: not for a target of probabilities, got {ignore_index}")
         return target
     shape = input.shape[:0] if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
@@ -230,16 +244,12 @@ def _check_weight(name: str, weight: Any, input: Tensor, classes: int) -> None:
         raise TypeError(f"{name}: expected a floating-point Tensor, got {kind}")
     if weight.shape != (classes,):
         raise ValueError(f"{name}: expected shape ({classes},), one for each class, got {tuple(weight.shape)}")
+    check_dense(name, weight)
     if weight.device != input.device:
         raise ValueError(f"{name}: on device {weight.device} where input is on {input.device}")
 
 
-def _check_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+def _checked_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> tuple[int, float]:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing: expected a number, got {label_smoothing!r}")
-    if not 0.0 <= label_smoothing <= 1.0 or math.isnan(label_smoothing):
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    return integer("ignore_index", ignore_index), probability("label_smoothing", label_smoothing)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op, Refusal, Values
+from mmkern.ops._numbers import integer, number, probability
+from mmkern.ops.dispatch import Op, Refusal, Values, check_dense
 
 ENCODINGS = ("sinusoidal", "scalar", "sincos2d")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -56,23 +59,39 @@ _embed_backward = Op(
 
 
 def _add_backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    (grad,), (_, _, table, offset, offsets, scale, dropout_p, seed) = grads, args
+    (grad,), (_, _, max_length, offset, offsets, scale, dropout_p, seed) = grads, args
     found: list[Tensor | None] = [None] * len(args)
     if wanted[0]:  # scaled and dropped as x was, with nothing added
         found[0] = _add(grad, "none", None, 0, None, scale, dropout_p, seed)
     if wanted[2]:
-        found[2] = _table_backward(grad, table.shape[0], offset, offsets, dropout_p, seed)
+        found[2] = _table_backward(grad, max_length, offset, offsets, dropout_p, seed)
     return found
 
 
 def _embed_tokens_backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    (grad,), (tokens, weight, _, table, offset, offsets, scale, dropout_p, padding_idx, seed) = grads, args
+    (grad,), (tokens, vocabulary, _, max_length, offset, offsets, scale, dropout_p, padding_idx, seed) = grads, args
     found: list[Tensor | None] = [None] * len(args)
     if wanted[1]:
-        found[1] = _embed_backward(grad, tokens, weight.shape[0], scale, dropout_p, padding_idx, seed)
+        found[1] = _embed_backward(grad, tokens, vocabulary, scale, dropout_p, padding_idx, seed)
     if wanted[3]:
-        found[3] = _table_backward(grad, table.shape[0], offset, offsets, dropout_p, seed)
+        found[3] = _table_backward(grad, max_length, offset, offsets, dropout_p, seed)
     return found
+
+
+def _save_table(args: Values, wanted: bool) -> Values:
+    """Rows of the table, offset and offsets, as far as backward reads them.
+
+    Offsets are a few numbers, which a caller may count up in place: they are copied.
+    """
+    table, offset, offsets = args
+    if not wanted:
+        return None, 0, None
+    return table.shape[0], offset, None if offsets is None else offsets.clone()
+
+
+def _save_embedding(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
+    tokens = args[0] if wanted[1] else None
+    return (tokens, args[1].shape[0], args[2], *_save_table(args[3:6], wanted[3]), *args[6:]), ()
 
 
 _add = Op(
@@ -83,7 +102,7 @@ _add = Op(
     kernels=refusals(_refuse),
     triton="position.add_positional_encoding_fwd",
     backward=_add_backward,
-    save=lambda args, outputs: ((None, *args[1:]), ()),
+    save=lambda args, outputs, wanted: ((None, args[1], *_save_table(args[2:5], wanted[2]), *args[5:]), ()),
 )
 _embed = Op(
     "embed_tokens_fwd(Tensor tokens, Tensor weight, str encoding, Tensor? table, SymInt offset, Tensor? offsets, "
@@ -93,7 +112,7 @@ _embed = Op(
     kernels=refusals(lambda tokens, weight, *_: _refuse_dtype(weight.dtype)),
     triton="position.embed_tokens_fwd",
     backward=_embed_tokens_backward,
-    save=lambda args, outputs: (args, ()),
+    save=_save_embedding,
 )
 
 
@@ -118,7 +137,8 @@ def add_positional_encoding(
             encodes the column, the second the row; in each half, dim/4 sines, then as many cosines, with
             frequencies 10000^(-4i / dim). dim must be divisible by 4, offset 0.
             A tensor (max_length, dim) of x's dtype: a learned table, which gets a gradient.
-        offset: position of the first row, >= 0; or int64 tensor (x.shape[0],), one per batch entry (a cache's lengths).
+        offset: position of the first row, >= 0; or tensor of int64 or int32, one for each batch entry (x.shape[0],),
+            a cache's lengths, or one for all. Positions wrap as int64 does.
         scale: factor on x, usually 1 or sqrt(dim).
         dropout_p: probability in [0, 1] of zeroing an element; the others grow by 1 / (1 - dropout_p).
 
@@ -136,13 +156,17 @@ def add_positional_encoding(
         tensor([[[0.0000, 1.0000, 0.0000, 1.0000],
                  [0.8415, 0.5403, 0.0100, 0.9999]]])
     """
+    if has_torch_function_variadic(x, encoding, offset):
+        options: dict[str, Any] = {"offset": offset, "scale": scale, "dropout_p": dropout_p}
+        return handle_torch_function(add_positional_encoding, (x, encoding, offset), x, encoding, **options)
     if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
         raise TypeError(f"x: expected a floating-point tensor, got {_kind(x)}")
+    check_dense("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected (..., length, dim), got shape {tuple(x.shape)}")
     where = _positions("x", encoding, offset, x.shape, x.dtype)
-    _check_dropout(dropout_p)
-    return _add(x, *where, float(scale), float(dropout_p), _seed(dropout_p, x))
+    scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
+    return _add(x, *where, scale, dropout_p, _seed(dropout_p, x))
 
 
 def embed_tokens(
@@ -171,7 +195,9 @@ def embed_tokens(
 
     Raises:
         TypeError, ValueError: as `add_positional_encoding`. IndexError: a token outside the vocabulary, a position
-        outside the table, padding_idx outside weight; nothing has been written then.
+        outside the table, padding_idx outside weight; nothing has been written then. On a GPU, where no value is read
+        before the launch, such a row is NaN instead. In backward, tokens that were filled anew with ids outside the
+        vocabulary add to no row of the gradient.
 
     Example:
         >>> import mmkern, torch
@@ -179,10 +205,16 @@ def embed_tokens(
         tensor([[0., 3.],
                 [3., 0.]])
     """
+    if has_torch_function_variadic(tokens, weight, encoding, offset):
+        options: dict[str, Any] = {"offset": offset, "scale": scale, "dropout_p": dropout_p, "padding_idx": padding_idx}
+        given = tokens, weight, encoding, offset
+        return handle_torch_function(embed_tokens, given, tokens, weight, encoding, **options)
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens: expected an int64 or int32 tensor, got {_kind(tokens)}")
     if not isinstance(weight, Tensor) or weight.dtype not in _FLOATING:
         raise TypeError(f"weight: expected a floating-point tensor, got {_kind(weight)}")
+    check_dense("tokens", tokens)
+    check_dense("weight", weight)
     if tokens.dim() < 1 or weight.dim() != 2:
         raise ValueError(
             f"expected tokens (..., length) and weight (vocabulary, dim), "
@@ -192,12 +224,13 @@ def embed_tokens(
         raise ValueError("encoding: 'sincos2d' is for image grids; tokens take 'sinusoidal', 'scalar' or a table")
     vocabulary, dim = weight.shape
     where = _positions("tokens", "none" if encoding is None else encoding, offset, (*tokens.shape, dim), weight.dtype)
-    _check_dropout(dropout_p)
+    scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
     if padding_idx is not None:
+        padding_idx = integer("padding_idx", padding_idx)
         if not -vocabulary <= padding_idx < vocabulary:
             raise IndexError(f"padding_idx: {padding_idx} is outside the vocabulary of {vocabulary} rows of weight")
         padding_idx %= vocabulary
-    return _embed(tokens, weight, *where, float(scale), float(dropout_p), padding_idx, _seed(dropout_p, weight))
+    return _embed(tokens, weight, *where, scale, dropout_p, padding_idx, _seed(dropout_p, weight))
 
 
 def _positions(
@@ -211,6 +244,7 @@ def _positions(
         table, kind = encoding, "table"
         if not isinstance(table, Tensor):
             raise TypeError(f"encoding: expected a name or a tensor, got {_kind(table)}")
+        check_dense("encoding", table)
         if table.dim() != 2 or table.shape[1] != dim:
             raise ValueError(f"encoding: expected a table (max_length, {dim}), got shape {tuple(table.shape)}")
         if table.dtype != dtype:
@@ -223,18 +257,18 @@ def _positions(
             )
         if kind != "none" and kind not in ENCODINGS:
             raise ValueError(f"encoding: expected a tensor or one of {', '.join(ENCODINGS)}, got {encoding!r}")
-    if isinstance(offset, Tensor):
+    if isinstance(offset, Tensor) and (offset.dim() > 0 or len(shape) > 2):
         offsets, offset = offset, 0
-        if offsets.dtype != torch.int64:
-            raise TypeError(f"offset: expected an int or an int64 tensor, got {_kind(offsets)}")
-        if len(shape) < 3 or offsets.shape != shape[:1]:
+        if offsets.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"offset: expected an int or a tensor of int64 or int32, got {_kind(offsets)}")
+        check_dense("offset", offsets)
+        if len(shape) < 3 or (offsets.shape != shape[:1] and offsets.shape not in ((), (1,))):
             raise ValueError(
                 f"offset: expected one per batch entry of {name}, got shape {tuple(offsets.shape)} for {tuple(shape)}"
             )
-    elif not isinstance(offset, (int, torch.SymInt)):
-        raise TypeError(f"offset: expected an int or an int64 tensor, got {_kind(offset)}")
-    elif offset < 0:
-        raise ValueError(f"offset: expected an int >= 0 or an int64 tensor, got {offset!r}")
+        offsets = offsets.long().expand(shape[0]).contiguous()
+    elif (offset := integer("offset", offset)) < 0:
+        raise ValueError(f"offset: expected an int >= 0 or a tensor, got {offset!r}")
     elif table is not None and offset + length > table.shape[0]:
         raise IndexError(
             f"offset: {offset} + length {length} = {offset + length} exceeds max_length {table.shape[0]} of the table"
@@ -242,11 +276,6 @@ def _positions(
     if kind == "sincos2d" and (offsets is not None or offset):
         raise ValueError("offset: 'sincos2d' takes none, a grid starts at row 0, column 0")
     return kind, table, offset, offsets
-
-
-def _check_dropout(dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p!r}")
 
 
 def _seed(dropout_p: float, like: Tensor) -> Tensor | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op, Values
+from mmkern.ops._numbers import integer, number
+from mmkern.ops.dispatch import Op, Values, check_dense
 from mmkern.ops.position import _FLOATING, _empty_rows, _kind, _refuse_dtype, refusals
 
 
@@ -25,6 +27,12 @@ def _turn_back(grads: Values, args: Values, outputs: Values, wanted: Sequence[bo
     return found
 
 
+def _saved(where: Values) -> Values:
+    """positions and options; the positions copied, since a caller may count them up in place."""
+    positions, *options = where
+    return None if positions is None else positions.clone(), *options
+
+
 _rotary = Op(
     "rotary_fwd(Tensor q, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid, bool inverse) "
     "-> Tensor",
@@ -33,7 +41,7 @@ _rotary = Op(
     kernels=refusals(lambda q, *_: _refuse_dtype(q.dtype)),
     triton="rotary.rotary_fwd",
     backward=_turn_back,
-    save=lambda args, outputs: ((None, *args[1:]), ()),
+    save=lambda args, outputs, wanted: ((None, *_saved(args[1:])), ()),
 )
 _rotary_qk = Op(
     "rotary_qk_fwd(Tensor q, Tensor k, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid, "
@@ -43,7 +51,7 @@ _rotary_qk = Op(
     kernels=refusals(lambda q, *_: _refuse_dtype(q.dtype)),
     triton="rotary.rotary_qk_fwd",
     backward=_turn_back,
-    save=lambda args, outputs: ((None, None, *args[2:]), ()),
+    save=lambda args, outputs, wanted: ((None, None, *_saved(args[2:])), ()),
 )
 
 
@@ -89,7 +97,8 @@ def rotary(
             read where they lie, so a transposed (batch, length, heads, dim) projection is not copied.
         k: q's rank, length, dim and dtype, and q's batch (first of four or more dims); the heads may differ.
             None turns q alone.
-        positions: int64 (length,), or (batch, length) with batch = q.shape[0]; None: 0, 1, 2, ...
+        positions: int64 or int32 (length,), or (batch, length) with batch = q.shape[0] or 1, any value; None: 0, 1, 2,
+            ...
         base: > 0; 10000 in the paper, 500000 in Llama 3.
         layout: "half" pairs channels (i, i + rotary_dim/2), as GPT-NeoX and Llama do (rotate_half); "interleaved" pairs
             (2i, 2i+1), as the paper and GPT-J do.
@@ -112,25 +121,35 @@ def rotary(
         tensor([[1.0000, 0.0000],
                 [0.5403, 0.8415]])
     """
+    if has_torch_function_variadic(q, k, positions):
+        options: dict[str, Any] = {"base": base, "layout": layout, "rotary_dim": rotary_dim, "grid": grid}
+        return handle_torch_function(rotary, (q, k, positions), q, k, positions, **options)  # type: ignore[arg-type]
     if not isinstance(q, Tensor) or q.dtype not in _FLOATING:
         raise TypeError(f"q: expected a floating-point tensor, got {_kind(q)}")
+    check_dense("q", q)
     if q.dim() < 2:
         raise ValueError(f"q: expected (..., length, dim), got shape {tuple(q.shape)}")
     shape = q.shape
     length, dim = shape[-2], shape[-1]
     if k is not None:
-        k_shape = k.shape if isinstance(k, Tensor) else ()
         if not isinstance(k, Tensor) or k.dtype != q.dtype:
             raise TypeError(f"k: expected a tensor of q's dtype {q.dtype}, got {_kind(k)}")
+        check_dense("k", k)
+        k_shape = k.shape
         same = len(k_shape) == len(shape) and k_shape[-2] == length and k_shape[-1] == dim
         if not same or (len(shape) > 3 and k_shape[0] != shape[0]):
             raise ValueError(
                 f"k: expected q's rank, batch, length and dim, got k {tuple(k.shape)} and q {tuple(q.shape)}"
             )
     if positions is not None:
-        if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
-            raise TypeError(f"positions: expected an int64 tensor, got {_kind(positions)}")
-        if positions.shape != (length,) and (q.dim() < 3 or positions.shape != (q.shape[0], length)):
+        if not isinstance(positions, Tensor) or positions.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"positions: expected a tensor of int64 or int32, got {_kind(positions)}")
+        check_dense("positions", positions)
+        positions = positions.long()
+        if positions.dim() == 2 and positions.shape[0] == 1:  # one row for all
+            positions = positions[0]
+        expected = (length,) if positions.dim() == 1 or q.dim() < 3 else (shape[0], length)
+        if positions.dim() != len(expected) or positions.shape != expected:
             raise ValueError(
                 f"positions: expected (length,) or (batch, length), got {tuple(positions.shape)} for q {tuple(q.shape)}"
             )
@@ -138,17 +157,20 @@ def rotary(
             raise ValueError(f"k: expected q's batch with 2-D positions, got k {tuple(k.shape)} and q {tuple(q.shape)}")
     if layout not in ("half", "interleaved"):
         raise ValueError(f"layout: expected 'half' or 'interleaved', got {layout!r}")
+    base = number("base", base)
     if not base > 0:
         raise ValueError(f"base: expected a number above 0, got {base!r}")
-    rotary_dim = dim if rotary_dim is None else rotary_dim
+    rotary_dim = dim if rotary_dim is None else integer("rotary_dim", rotary_dim)
     if not 0 < rotary_dim <= dim or rotary_dim % (2 if grid is None else 4):
         need = "even" if grid is None else "divisible by 4 with a grid"
         raise ValueError(f"rotary_dim: expected 1..dim = {dim} and {need}, got {rotary_dim}")
     if grid is not None:
-        height, width = grid
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+            raise TypeError(f"grid: expected a pair (height, width), got {grid!r}")
+        height, width = grid = integer("grid", grid[0]), integer("grid", grid[1])
         if height < 1 or width < 1 or (positions is None and height * width != length):
             raise ValueError(f"grid: expected height * width = length {length} without positions, got {grid!r}")
-    where = (positions, float(base), layout, rotary_dim, grid, False)
+    where = (positions, base, layout, rotary_dim, grid, False)
     return _rotary(q, *where) if k is None else _rotary_qk(q, k, *where)
 
 
@@ -175,7 +197,7 @@ def alibi_slopes(
         >>> mmkern.alibi_slopes(3)
         tensor([0.0625, 0.0039, 0.2500])
     """
-    if num_heads < 1:
+    if (num_heads := integer("num_heads", num_heads)) < 1:
         raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
     below = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (h + 1) / below) for h in range(below)]

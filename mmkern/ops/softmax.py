@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from mmkern import reference
-from mmkern.ops.dispatch import Op, Refusal, Values
+from mmkern.ops._numbers import integer, number, probability
+from mmkern.ops.dispatch import Op, Refusal, Values, autocast_dtype, check_dense
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _refuse(input: Tensor, *_: object) -> str | None:
@@ -50,7 +51,7 @@ _log_softmax_backward = Op(
 )
 
 
-def _save_output(args: Values, outputs: Values) -> tuple[Values, Values]:
+def _save_output(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
     return (None, *args[1:]), outputs
 
 
@@ -116,14 +117,14 @@ def _masked_backward(grads: Values, args: Values, outputs: Values, wanted: Seque
     return [x, term, None, added, None, None, None]
 
 
-def _save_masked(args: Values, outputs: Values) -> tuple[Values, Values]:
+def _save_masked(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
     """The output, which whatever comes next keeps too. With dropout it no longer shows all weights: then the input,
     from which the kernel computes them again. Keeping them instead would cost as much, and a write in forward."""
     return ((None, *args[1:]), outputs) if args[-1] is None else (args, (None,))
 
 
 _masked_softmax = Op(
-    "masked_softmax_fwd(Tensor input, Tensor? mask, float scale, Tensor? bias, int dim, float dropout_p, "
+    "masked_softmax_fwd(Tensor x, Tensor? mask, float scale, Tensor? bias, int dim, float dropout_p, "
     "Tensor? dropout_seed) -> Tensor",
     reference.masked_softmax,
     _fake,
@@ -159,6 +160,8 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: T
         >>> mmkern.softmax(torch.zeros(2, 4), dim=-1)[0]
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(softmax, (input,), input, dim, dtype, out=out)
     return _run(_softmax, _softmax_out, input, dim, dtype, out)
 
 
@@ -170,6 +173,8 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, ou
         >>> mmkern.log_softmax(torch.zeros(4), dim=0)
         tensor([-1.3863, -1.3863, -1.3863, -1.3863])
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(log_softmax, (input,), input, dim, dtype, out=out)
     return _run(_log_softmax, _log_softmax_out, input, dim, dtype, out)
 
 
@@ -207,15 +212,16 @@ def masked_softmax(
         >>> mmkern.masked_softmax(torch.zeros(3), torch.tensor([True, True, False]))
         tensor([0.5000, 0.5000, 0.0000])
     """
+    if has_torch_function_variadic(x, mask, bias):
+        options: dict[str, Any] = {"scale": scale, "bias": bias, "dim": dim, "dropout_p": dropout_p}
+        return handle_torch_function(masked_softmax, (x, mask, bias), x, mask, **options)
     dim = _check(x, dim, "x")
+    check_dense("x", x)
     if mask is not None:
-        _check_term("mask", mask, x, (torch.bool, torch.float32, x.dtype))
+        mask = _checked_term("mask", mask, x, (torch.bool, torch.float32, x.dtype))
     if bias is not None:
-        _check_term("bias", bias, x, (torch.float32, x.dtype))
-    _check_number("scale", scale)
-    _check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
+        bias = _checked_term("bias", bias, x, (torch.float32, x.dtype))
+    scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
     if x.dim() == 0:
         return masked_softmax(x[None], mask, scale=scale, bias=bias, dropout_p=dropout_p)[0]
     # One draw from the device's default generator: manual_seed and checkpointing work as with torch's dropout.
@@ -234,12 +240,12 @@ def _run(op: Op, op_out: Op, input: Tensor, dim: int, dtype: torch.dtype | None,
     dim = _check(input, dim, "input")
     if out is not None:
         _check_out(out, input)
-        if input.dim() == 0:
-            out.copy_(_run(op, op_out, input, 0, None, None))
+        if input.dim() == 0 or out.is_neg():  # a negated view's memory is not what it says
+            out.copy_(_run(op, op_out, input, dim, None, None))
         else:
             op_out(input, dim, out)
         return out
-    return op(input, dim) if input.dim() else op(input[None], 0)[0]
+    return op(input, dim) if dim or input.dim() else op(input[None], 0)[0]
 
 
 def _check_out(out: Any, input: Tensor) -> None:
@@ -265,32 +271,27 @@ def _check(x: Tensor, dim: int, name: str) -> int:
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
     if type(dim) is not int:
-        try:
-            dim = operator.index(None if isinstance(dim, bool) else dim)  # type: ignore[arg-type]
-        except TypeError:
-            raise TypeError(f"dim: expected an integer, got {dim!r}") from None
+        dim = integer("dim", dim)
     rank = x.dim() or 1
     if not -rank <= dim < rank:
         raise IndexError(f"dim: expected a value in [{-rank}, {rank - 1}] for shape {tuple(x.shape)}, got {dim}")
     return dim + rank if dim < 0 else dim
 
 
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-
-
-def _check_term(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise unless `t` has one of `dtypes`, x's device, and a shape that broadcasts to x's."""
+def _checked_term(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """`t`, after it is found to have one of `dtypes`, x's device, and a shape that broadcasts to x's."""
+    if isinstance(t, Tensor):
+        check_dense(name, t)
+    if isinstance(t, Tensor) and t.dtype in _HALVES and t.dtype not in dtypes and autocast_dtype(x) is not None:
+        t = t.float()  # autocast mixes the 16-bit dtypes; float32 holds either
     if not isinstance(t, Tensor) or t.dtype not in dtypes:
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name}: expected a Tensor of {', '.join(map(str, dict.fromkeys(dtypes)))}, got {kind}")
     if t.device != x.device:
         raise ValueError(f"{name}: on device {t.device} where x is on {x.device}")
-    if t.shape == x.shape:
-        return
     missing = x.dim() - t.dim()
+    if missing == 0 and t.shape == x.shape:  # of other ranks, torch.export would compare the first dims, and fix them
+        return t
     if missing < 0 or any(n not in (1, m) for n, m in zip(t.shape, x.shape[missing:], strict=True)):
         raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}")
+    return t

@@ -1,6 +1,13 @@
 """The definition of each op in plain torch: what tests, benchmarks and devices without a kernel use."""
 
-from mmkern.reference.attention import Similarity, attention, attention_backward, attention_backward_gradients
+from mmkern.reference.attention import (
+    Similarity,
+    attention,
+    attention_backward,
+    attention_backward_gradients,
+    attention_scores,
+    empty_output,
+)
 from mmkern.reference.linear_loss import linear_cross_entropy, linear_cross_entropy_backward
 from mmkern.reference.loss import (
     cross_entropy,
@@ -33,12 +40,14 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_backward_gradients",
+    "attention_scores",
     "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_backward_",
     "cross_entropy_loss",
     "embed_tokens",
     "embedding_gradient",
+    "empty_output",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "log_softmax",

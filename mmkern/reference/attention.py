@@ -45,11 +45,52 @@ def attention(
 
     query (B..., H, L, E), key (B..., K, S, E), value (B..., K, S, V) -> (B..., H, L, V), (B..., H, L).
     """
+    scores, visible = attention_scores(
+        query, key, attn_mask, is_causal, scale, similarity, temperature, window_left, window_right, softcap,
+        alibi_slopes, key_lengths, causal_lower_right,
+    )  # fmt: skip
+    v = value.to(scores.dtype).repeat_interleave(query.shape[-3] // max(value.shape[-3], 1), -3)
+    # A row with nothing visible gets a maximum of 0, weights of 0 and a log-sum-exp of minus infinity.
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), 0)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = torch.where(scores == -torch.inf, 0.0, torch.exp(scores - top))
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    weights = (weights / torch.where(empty, 1.0, total))[..., : key.shape[-2]]
+    lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)) + top).squeeze(-1)
+    if dropout_seed is not None:
+        keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
+        weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
+        visible = visible & keep
+    out = _weighted_sum(weights, v, visible).to(query.dtype)
+    return _laid_out(out, query), lse
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    similarity: int,
+    temperature: Tensor | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    causal_lower_right: bool,
+) -> tuple[Tensor, Tensor]:
+    """(B..., H, L, S) scores, minus infinity where hidden, and what is visible. Each step rounds to the dtype."""
     heads, q_len, k_len = query.shape[-3], query.shape[-2], key.shape[-2]
-    q, (k, v) = query, (t.repeat_interleave(heads // max(t.shape[-3], 1), -3) for t in (key, value))
+    q, k = query, key.repeat_interleave(heads // max(key.shape[-3], 1), -3)
     if q.dtype in (torch.float16, torch.bfloat16):
-        q, k, v = q.float(), k.float(), v.float()
-    length = torch.full((), k_len, device=q.device) if key_lengths is None else key_lengths[..., None, None, None]
+        q, k = q.float(), k.float()
+    length = torch.full((), k_len, device=q.device)
+    if key_lengths is not None:
+        length = key_lengths.clamp(0, k_len)[..., None, None, None]
     i = torch.arange(q_len, device=q.device)[:, None] + (length - q_len if causal_lower_right else 0)
     j = torch.arange(k_len, device=q.device)
     visible = (j < length).expand(*q.shape[:-1], k_len)
@@ -76,24 +117,7 @@ def attention(
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + torch.where(visible, attn_mask, 0.0)
     visible = visible & (scores != -torch.inf)
-
-    # A row with nothing visible gets a maximum of 0, weights of 0 and a log-sum-exp of minus infinity.
-    scores = torch.where(visible, scores, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
-    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), 0)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    weights = torch.where(scores == -torch.inf, 0.0, torch.exp(scores - top))
-    total = weights.sum(-1, keepdim=True)
-    empty = total == 0
-    weights = (weights / torch.where(empty, 1.0, total))[..., :k_len]
-    lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)) + top).squeeze(-1)
-    if dropout_seed is not None:
-        keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
-        weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
-        visible = visible & keep
-    out = _weighted_sum(weights, v, visible).to(query.dtype)
-    return _as_output(out), lse
+    return torch.where(visible, scores, -torch.inf), visible
 
 
 def attention_backward(
@@ -161,7 +185,7 @@ def _weighted_sum(weights: Tensor, value: Tensor, visible: Tensor) -> Tensor:
 
 def _all(x: Tensor) -> bool:
     """Whether all of x is True; False, too, where values cannot be read: when traced or under vmap."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     try:
         return bool(x.all())
@@ -169,6 +193,20 @@ def _all(x: Tensor) -> bool:
         return False
 
 
-def _as_output(out: Tensor) -> Tensor:
-    """Memory order (B..., L, H, V), so that merging the heads afterwards copies nothing."""
-    return out.transpose(-3, -2).contiguous().transpose(-3, -2)
+def empty_output(query: Tensor, value_dim: int) -> Tensor:
+    """Memory for the output (..., H, L, value_dim), in query's order of dims as in torch's op: `view` then works on
+    it as on a contiguous query's, and merging the heads of a projection's copies nothing."""
+    heads, q_len, head_dim = query.shape[-3:]
+    if query.dim() == 4 and value_dim == head_dim and (head_dim <= 1 or query.stride(-1) == 1):
+        out = torch.empty_like(query)
+        if head_dim <= 1 or out.stride(-1) == 1:
+            return out
+    if query.stride(-3) < query.stride(-2):
+        return query.new_empty((*query.shape[:-3], q_len, heads, value_dim)).transpose(-3, -2)
+    return query.new_empty((*query.shape[:-1], value_dim))
+
+
+def _laid_out(out: Tensor, query: Tensor) -> Tensor:
+    strides = empty_output(query, out.shape[-1]).stride()
+    order = sorted(range(out.dim()), key=lambda d: -strides[d])
+    return out.permute(order).contiguous().permute([order.index(d) for d in range(out.dim())])

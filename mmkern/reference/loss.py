@@ -76,7 +76,7 @@ def cross_entropy_backward(grad: Tensor, grad_loss: Tensor, unit: Tensor | None)
     """grad * grad_loss / unit, with a grad_loss for each position or one for all."""
     factor = grad_loss.to(_wide(grad).dtype)
     if unit is not None:
-        factor = factor / unit
+        factor = factor / unit.reshape(())
     if factor.dim():
         factor = factor.unsqueeze(1)
     return (grad * factor).to(grad.dtype)

@@ -70,8 +70,15 @@ def position_table_gradient(
     positions = torch.arange(grad.shape[-2], device=grad.device) + offset
     if offsets is not None:
         positions = positions + offsets.view(-1, *[1] * (grad.dim() - 2))
-    positions = positions.expand(grad.shape[:-1]).flatten()
-    return grad.new_zeros(max_length, grad.shape[-1]).index_add(0, positions, grad.flatten(0, -2)).to(dtype)
+    return _sum_rows(grad, positions.expand(grad.shape[:-1]), max_length).to(dtype)
+
+
+def _sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """(count, dim): the sum of the rows of each index; one outside [0, count) is of none."""
+    there = (index >= 0) & (index < count)
+    rows, index = torch.where(there[..., None], rows, 0.0), torch.where(there, index, 0)
+    total = rows.new_zeros(count, rows.shape[-1])
+    return total.index_add(0, index.flatten(), rows.flatten(0, -2)) if count else total
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -114,16 +121,18 @@ def embedding_gradient(
     padding_idx: int | None,
     dropout_seed: Tensor | None,
 ) -> Tensor:
-    """Gradient of the weight (vocabulary, dim) whose rows `embed_tokens` looked up, from that of its result."""
+    """Gradient of the weight (vocabulary, dim) whose rows `embed_tokens` looked up, from that of its result.
+
+    Tokens filled anew since then with ids outside the vocabulary add to no row, as in torch's own embedding.
+    """
     rows = _drop(_wide(grad), dropout_p, dropout_seed) * scale
     if padding_idx is not None:
         rows = torch.where((tokens == padding_idx)[..., None], 0.0, rows)
-    total = rows.new_zeros(vocabulary, rows.shape[-1]).index_add(0, tokens.flatten(), rows.flatten(0, -2))
-    return total.to(grad.dtype)
+    return _sum_rows(rows, tokens, vocabulary).to(grad.dtype)
 
 
 def _check_range(index: Tensor, end: int, message: str) -> None:
-    if torch.compiler.is_compiling() or index.numel() == 0:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or index.numel() == 0:
         return
     low, high = index.aminmax()
     if low < 0 or high >= end:

@@ -19,12 +19,15 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+from mmkern.training import files
+from mmkern.training.config import ConfigError, checked
 
 FORMAT = "mmkern checkpoint 1"
 MANIFEST = "manifest.json"
@@ -34,6 +37,25 @@ _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  
 
 class CheckpointError(Exception):
     """A checkpoint is not there, or is not what was written; one line that names the file."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _File(_Strict):
+    bytes: int = Field(ge=0, le=files.TENSORS)
+    sha256: str
+
+
+class _Manifest(_Strict):
+    format: str
+    step: int = Field(ge=0, le=10**9)
+    score: float | None
+    progress: dict[str, Any]
+    # a plain name: nothing is read that lies elsewhere
+    files: dict[Annotated[str, Field(pattern=r"^([a-z]+\.safetensors|config\.json|tokenizer\.json)$")], _File]
+    sha256: str
 
 
 @dataclass
@@ -71,7 +93,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: has no {file}")
         try:
             return safetensors.torch.load(self.contents[file])
-        except SafetensorError as error:
+        except Exception as error:  # SafetensorError, and what torch says of kinds and sizes it does not know
             raise CheckpointError(f"{self.path / file}: not a safetensors file ({error})") from None
 
 
@@ -90,19 +112,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     """Puts `flattened` tensors back.
 
     Raises:
-        CheckpointError: a tensor belongs to no parameter, or has neither its parameter's shape nor one element.
+        CheckpointError: a tensor belongs to no parameter, is not of its parameter's shape and kind, or is missing.
     """
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters):
             raise CheckpointError(f"optimizer: {name} belongs to none of {len(parameters)} parameters")
-        if tensor.dim() and tensor.shape != parameters[int(index)].shape:
-            raise CheckpointError(
-                f"optimizer: {name} is {tuple(tensor.shape)}, its parameter {tuple(parameters[int(index)].shape)}"
-            )
+        expected = torch.empty(()) if key == "step" else parameters[int(index)]
+        if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+            same = tensor.shape == expected.shape
+            has, wants = (t.dtype if same else tuple(t.shape) for t in (tensor, expected))
+            raise CheckpointError(f"optimizer: {name} is {has}, its parameter {wants}")
         state.setdefault(int(index), {})[key] = tensor
+    for i, found in state.items():
+        if found.keys() != names:
+            raise CheckpointError(f"optimizer: has {sorted(found)} of parameter {i}, expected {sorted(names)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -176,31 +203,46 @@ def load(path: Path) -> Checkpoint:
     """
     manifest = _manifest(path)
     contents = {}
-    for name, expected in manifest["files"].items():
-        try:
-            content = (path / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from None
-        if content.startswith(_PICKLES):
-            raise CheckpointError(f"{path / name}: is a pickle, which mmkern never loads")
-        if len(content) != expected["bytes"]:
-            raise CheckpointError(f"{path / name}: has {len(content)} bytes, {expected['bytes']} were written")
-        if _sha256(content) != expected["sha256"]:
+    for name, expected in manifest.files.items():
+        content = _content(path / name, expected)
+        if _sha256(content) != expected.sha256:
             raise CheckpointError(f"{path / name}: is damaged or foreign: its sha256 is not the manifest's")
         contents[name] = content
-    tokenizer = contents["tokenizer.json"].decode() if "tokenizer.json" in contents else None
-    config = json.loads(contents["config.json"])
-    return Checkpoint(path, manifest["step"], manifest["score"], manifest["progress"], config, tokenizer, contents)
+    try:
+        tokenizer = contents["tokenizer.json"].decode() if "tokenizer.json" in contents else None
+        config = json.loads(contents.get("config.json", b""))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: config.json or tokenizer.json is no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / 'config.json'}: expected an object, got a {type(config).__name__}")
+    return Checkpoint(path, manifest.step, manifest.score, manifest.progress, config, tokenizer, contents)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _content(path: Path, expected: _File) -> bytes:
+    """The bytes of a file that the manifest names; of one with another size only the first are read."""
+    try:
+        with files.opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(4)
+            if content.startswith(_PICKLES):
+                raise CheckpointError(f"{path}: is a pickle, which mmkern never loads")
+            if size != expected.bytes:
+                raise CheckpointError(f"{path}: has {size} bytes, {expected.bytes} were written")
+            if path.suffix == ".json" and size > files.JSON:
+                raise CheckpointError(f"{path}: has {size} bytes, of which at most {files.JSON} are read")
+            return content + file.read(size - len(content))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _manifest(path: Path) -> _Manifest:
     if path.is_file():
         with path.open("rb") as file:
             pickled = file.read(4).startswith(_PICKLES)
         reason = "is a pickle, which mmkern never loads" if pickled else "is a file"
         raise CheckpointError(f"{path}: {reason}; a checkpoint is a folder")
     try:
-        text = (path / MANIFEST).read_bytes()
+        text = files.read(path / MANIFEST, files.SETTINGS)
     except OSError as error:
         raise CheckpointError(f"{path}: is no checkpoint: its {MANIFEST} cannot be read ({error.strerror})") from None
     if text.startswith(_PICKLES):
@@ -215,7 +257,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST}: is damaged or foreign: it does not hold its own sha256")
     if (found := manifest.get("format")) != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: has the format {found!r}; this mmkern reads {FORMAT!r}")
-    return manifest
+    try:
+        return checked(_Manifest, manifest, str(path / MANIFEST))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def newest(folder: Path) -> Path:
@@ -235,7 +280,7 @@ def best(folder: Path) -> Path:
     Raises:
         CheckpointError: there is none, or the manifest of one is damaged.
     """
-    scored = [(m["score"], p) for p in _steps(folder) if (m := _manifest(p))["score"] is not None]
+    scored = [(score, p) for p in _steps(folder) if (score := _manifest(p).score) is not None]
     return max(scored)[1] if scored else newest(folder)
 
 
@@ -298,7 +343,7 @@ def _steps(folder: Path) -> list[Path]:
 
 def _score(path: Path) -> float | None:
     try:
-        return _manifest(path)["score"]
+        return _manifest(path).score
     except CheckpointError:
         return None
 

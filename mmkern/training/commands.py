@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,19 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from mmkern.training.console import one_line, progress, table
+from mmkern.training.console import one_line, plain, progress, table
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mmkern.model import MultimodalModel
     from mmkern.training.config import RunConfig
     from mmkern.training.evaluation import Prediction
     from mmkern.training.problem import Problem
     from mmkern.training.runs import Run
 
+CONFIG = "config.json"
 PICTURES = 48  # on the page, of each task
 TEST = "test.json"
 
@@ -50,55 +49,70 @@ def train(
     """Train a model of pictures and text; without CONFIG on 3,700 emoji, in minutes on two CPU cores."""
     with one_line():
         import mmkern
-        from mmkern.training import checkpoints
-        from mmkern.training.config import ConfigError, parse, read
-        from mmkern.training.loop import CHECKPOINTS
+        from mmkern.training import files
+        from mmkern.training.config import parse, read
+        from mmkern.training.data import check_text
 
+        check_text(str(output), "--output")
         changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
-        chosen = read(config) if config else parse({})
-        chosen = chosen.model_copy(update={"training": chosen.training.model_copy(update=changes)})
-        started = output / "config.json"
+        chosen = (read(config) if config else parse({})).model_dump()
+        chosen["training"] |= changes
+        given = parse(chosen, "--steps, --seed")
         if output.exists() and not output.is_dir():
             raise typer.BadParameter(f"--output {output} is a file, not a folder")
-        if resume:
-            if not started.exists():
-                raise typer.BadParameter(f"--resume: {output} holds no run (no config.json)")
-            kept = parse(json.loads(started.read_text()), str(started))
-            if (config or changes) and kept != chosen:
-                raise ConfigError(f"--resume: the run's own configuration, {started}, differs; leave the others out")
-            chosen = kept
-        elif started.exists():
-            raise typer.BadParameter(f"--output {output} holds a run; go on with --resume, or choose another folder")
         try:
-            with _distributed(), mmkern.backend("reference") if reference else nullcontext():
-                _train(chosen, output, checkpoints, CHECKPOINTS, resume)
+            with _distributed() as first, files.alone(output) if first else nullcontext():
+                run = _resumed(output, given if config or changes else None) if resume else _new(output, given, first)
+                with mmkern.backend("reference") if reference else nullcontext():
+                    _train(run, output, resume)
         except KeyboardInterrupt:
-            typer.echo(f"mmkern: stopped; mmkern train --output {output} --resume goes on", err=True)
+            folder = shlex.quote(str(output))
+            typer.echo(f"mmkern: stopped; mmkern train --output {folder} --resume goes on", err=True)
             raise typer.Exit(130) from None
 
 
+def _resumed(output: Path, given: RunConfig | None) -> RunConfig:
+    """The configuration of the run in a folder, which must be the given one, if any."""
+    from mmkern.training.config import ConfigError, load, parse
+
+    started = output / CONFIG
+    if not started.exists():
+        raise typer.BadParameter(f"--resume: {output} holds no run (no {CONFIG})")
+    kept = parse(load(started, json.loads), str(started))
+    if given is not None and kept != given:
+        raise ConfigError(f"--resume: the run's own configuration, {started}, differs; leave the others out")
+    return kept
+
+
+def _new(output: Path, given: RunConfig, first: bool) -> RunConfig:
+    if first and (output / CONFIG).exists():
+        raise typer.BadParameter(f"--output {output} holds a run; go on with --resume, or choose another folder")
+    return given
+
+
 @contextmanager
-def _distributed() -> Iterator[None]:
-    """Joins the other processes where torchrun started this one."""
+def _distributed() -> Iterator[bool]:
+    """Joins the other processes where torchrun started this one; yields whether this is the first of them."""
     import torch
     import torch.distributed as dist
 
     if not dist.is_torchelastic_launched():
-        yield
+        yield True
         return
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield
+        yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
 
 
-def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resume: bool) -> None:
+def _train(config: RunConfig, output: Path, resume: bool) -> None:
     import torch
     import torch.distributed as dist
 
     from mmkern.model import MultimodalModel
-    from mmkern.training.loop import Trainer, log, pick_device
+    from mmkern.training import checkpoints, files
+    from mmkern.training.loop import CHECKPOINTS, Trainer, log, pick_device
     from mmkern.training.runs import open_run, prepare
 
     start, first = time.perf_counter(), not dist.is_initialized() or dist.get_rank() == 0
@@ -106,19 +120,21 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
     if device.type == "cuda":
         torch.cuda.set_device(device)
     teacher = open_run(config.training.teacher, device) if config.training.teacher else None
-    found, refused = None, []
-    if resume and list((output / within).glob("step-*")):
-        found, refused = checkpoints.last_good(output / within)
+    found: checkpoints.Checkpoint | None = None
+    refused: list[checkpoints.CheckpointError] = []
+    if resume and list((output / CHECKPOINTS).glob("step-*")):
+        found, refused = checkpoints.last_good(output / CHECKPOINTS)
     problem, model_config = prepare(config, teacher)
     torch.manual_seed(config.training.seed)
     try:
         model = MultimodalModel(model_config, problem.word_vectors).to(device)
     except ValueError as error:
         raise typer.BadParameter(f"model: {error}") from None
-    if first:
-        output.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            (output / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+    trainer = Trainer(config, problem, model, output, None if teacher is None else teacher.model)
+    if found is not None:
+        trainer.restore(found)
+    if first and not resume:
+        files.write(output / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1))
     with progress(config.training.steps, "training", quiet=not first) as step:
         for reason in refused:
             log.warning("passed over: %s", reason)
@@ -127,14 +143,10 @@ def _train(config: RunConfig, output: Path, checkpoints: Any, within: str, resum
             "%d samples, %d classes, %.2f M parameters", len(problem.train), len(problem.classes), parameters / 1e6
         )
 
-        def report(at: int, record: dict[str, float]) -> None:
-            step(1, f"loss {record['loss']:.3f}")
-
-        trainer = Trainer(config, problem, model, output, None if teacher is None else teacher.model, report)
         if found is not None:
-            trainer.restore(found)
             step(found.step)
             log.info("going on after step %d", found.step)
+        trainer.progress = lambda at, record: step(1, f"loss {record['loss']:.3f}")
         trainer.run()
     if first:
         _finish(output, problem, time.perf_counter() - start)
@@ -150,7 +162,7 @@ def _wrong_options() -> Iterator[None]:
 
 def _finish(output: Path, problem: Problem, seconds: float) -> None:
     """Scores the best checkpoint and the baselines on the test split; writes test.json, curves.svg and the page."""
-    from mmkern.training import baselines, evaluation, run_page
+    from mmkern.training import baselines, evaluation, files, run_page
     from mmkern.training.runs import open_run
 
     run = open_run(output)
@@ -170,13 +182,12 @@ def _finish(output: Path, problem: Problem, seconds: float) -> None:
             ("nearest picture", baselines.nearest_picture),
         )
     }
-    (output / TEST).write_text(json.dumps(facts | {"test": found, "baselines": compared}, indent=1))
-    rows = found | {f"{group}: {name}": values for name, of in compared.items() for group, values in of.items()}
-    rows = dict(sorted(rows.items()))
+    files.write(output / TEST, json.dumps(facts | {"test": found, "baselines": compared}, indent=1))
+    rows = evaluation.rows(found, compared)
     page = run_page.write(output, {k: str(v) for k, v in facts.items()}, rows, _shown(predictions), problem.classes)
-    console = Console()
+    console = plain()
     console.print(table(f"test data, best checkpoint (step {run.checkpoint.step})", rows))
-    console.print(f"{seconds:.0f} s; written: {output} (look at {page})", highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.0f} s; written: {output} (look at {page})", soft_wrap=True)
 
 
 def _shown(predictions: Sequence[Prediction]) -> list[Prediction]:
@@ -234,10 +245,10 @@ def evaluate(
             with progress(len(chosen), name) as step:
                 predictions, _ = evaluation.predict(model, problem, chosen, step)
             seconds = time.perf_counter() - start
-            console = Console()
-            found = evaluation.metrics(predictions, problem.classes)
+            console = plain()
+            found = evaluation.rows(evaluation.metrics(predictions, problem.classes), {})
             console.print(table(f"{split} data, step {opened.checkpoint.step}, {name}", found))
-            console.print(f"{compress.size(model)}; {seconds:.1f} s", highlight=False)
+            console.print(f"{compress.size(model)}; {seconds:.1f} s")
 
 
 def generate(
@@ -249,8 +260,8 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")] = None,
-    beams: Annotated[int, typer.Option(help="Candidates of beam search.")] = 4,
-    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    beams: Annotated[int, typer.Option(min=1, max=256, help="Candidates of beam search, each a copy of all.")] = 4,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of sampling.")] = None,
     prune: Prune = 0.0,
     int8: Int8 = False,
 ) -> None:
@@ -259,12 +270,16 @@ def generate(
         raise typer.BadParameter("give --image, --prompt, or both")
     with one_line():
         from mmkern.model import generate as write
-        from mmkern.training.data import Sample, collate
+        from mmkern.training import pictures
+        from mmkern.training.data import Sample, check_text, collate
         from mmkern.training.runs import open_run
 
+        check_text(prompt, "--prompt")
         opened = open_run(run)
+        if image is not None and not opened.model.config.image_size:
+            raise typer.BadParameter(f"--image: the model of {run} takes no pictures")
         model = _compressed(opened, prune, int8)
-        sample = Sample(None if image is None else _open(image), prompt, None, None, "")
+        sample = Sample(None if image is None else pictures.read(image), prompt, None, None, "")
         batch = collate([sample], opened.tokenizer, model.config)
         options = {"strategy": strategy, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         with _wrong_options():
@@ -283,34 +298,21 @@ def classify(
     with one_line():
         import torch
 
-        from mmkern.training.data import Sample, collate
+        from mmkern.training import pictures
+        from mmkern.training.data import Sample, check_text, collate
         from mmkern.training.runs import open_run
 
         opened = open_run(run)
+        if not opened.model.config.image_size:
+            raise typer.BadParameter(f"{run}: the model takes no pictures")
         if not opened.classes:
             raise typer.BadParameter(f"{run}: the model was trained without classes; try mmkern generate")
-        pictures = [_open(file) for file in files]
-        asked = opened.class_prompt if prompt is None else prompt
-        for file, picture in zip(files, pictures, strict=True):
+        seen = [pictures.read(file) for file in files]
+        asked = opened.class_prompt if prompt is None else check_text(prompt, "--prompt")
+        for file, picture in zip(files, seen, strict=True):
             batch = collate([Sample(picture, asked, None, None, "")], opened.tokenizer, opened.model.config)
             batch = dataclasses.replace(batch, inputs=None, targets=None)
             with torch.inference_mode():
                 share, place = opened.model(batch)["class_logits"][0].softmax(-1).sort(descending=True)
             best = zip(share[:top].tolist(), place[:top].tolist(), strict=True)
             typer.echo(f"{file}: " + ", ".join(f"{opened.classes[i]} {p:.1%}" for p, i in best))
-
-
-def _open(file: Path) -> Image:
-    """The picture, read to its end: a file cut short is found here."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        picture = Image.open(file)
-        picture.load()
-    except UnidentifiedImageError:
-        raise typer.BadParameter(f"{file}: is no picture that Pillow can read") from None
-    except OSError as error:
-        raise typer.BadParameter(f"{file}: {error.strerror or f'is a broken picture ({error})'}") from None
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise typer.BadParameter(f"{file}: is a broken picture ({error})") from None
-    return picture

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import tomllib
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from mmkern.model.config import ModelConfig
+from mmkern.training import files
 
 _FROM_DATA = ("vocab_size", "classes", "pad", "start", "end", "image_backbone")  # of ModelConfig: found, not chosen
 
@@ -18,13 +21,25 @@ GLOVE = "glove"  # in place of a file of word vectors: those of the extra `glove
 
 _DEFAULTS = {"dropout": 0.05}  # a short run learns too little to overfit
 
+Count = Annotated[int, Field(ge=0, le=10**9)]  # of steps, samples, evaluations: years of training
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=-(2**53), le=2**53)]  # torch takes 64 bits, the loop a thousand of them for each
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class ConfigError(ValueError):
     """A configuration is wrong; one line that names the key."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, (str, Path)):
+            str(value).encode()  # a checkpoint keeps it as JSON: a folder's name may be no Unicode
+        return value
 
 
 class _ModelSection(_Section):
@@ -39,17 +54,15 @@ class _ModelSection(_Section):
 
 
 _HINTS = get_type_hints(ModelConfig)
+_FIELDS: dict[str, Any] = {f.name: (_HINTS[f.name], _DEFAULTS.get(f.name, f.default)) for f in fields(ModelConfig)}
 if TYPE_CHECKING:
     ModelSection: TypeAlias = Any
+    SavedModel: TypeAlias = Any
 else:
-    ModelSection = create_model(
-        "ModelSection",
-        __base__=_ModelSection,
-        **{
-            f.name: (_HINTS[f.name], _DEFAULTS.get(f.name, f.default))
-            for f in fields(ModelConfig)
-            if f.name not in _FROM_DATA
-        },
+    chosen = {name: field for name, field in _FIELDS.items() if name not in _FROM_DATA}
+    ModelSection = create_model("ModelSection", __base__=_ModelSection, **chosen)
+    SavedModel = create_model(
+        "SavedModel", __base__=_Section, **{name: (kind, ...) for name, (kind, _) in _FIELDS.items()}
     )
 
 
@@ -58,42 +71,47 @@ class DataConfig(_Section):
 
     source: str = "emoji"  # or a folder of pictures with a CSV or JSONL of texts and labels
     tasks: list[str] = ["name", "category", "fits"]  # of "emoji"
-    vocabulary: int = Field(default=1024, ge=259)  # tokens of the byte-level BPE
+    allow_outside: bool = False  # read pictures and tables that lie outside the folder: absolute paths, "..", links
+    vocabulary: int = Field(
+        default=1024, ge=259, le=2**20
+    )  # tokens of the byte-level BPE; four times the largest known
     word_vectors: Path | None = None  # GloVe text, word2vec, .npy with a vocabulary beside it, or "glove": the extra's
     augment: bool = True  # crop, shift, colour jitter and occlusion of pictures
-    token_dropout: float = Field(default=0.0, ge=0, lt=1)  # of prompts
-    seed: int = 0  # of the split
-    limit: int = Field(default=0, ge=0)  # samples of the training split; 0: all
-    workers: int = Field(default=1, ge=0)  # processes that load ahead; 0: none
+    token_dropout: Share = 0.0  # of prompts
+    seed: Seed = 0  # of the split
+    limit: Count = 0  # samples of the training split; 0: all
+    workers: int = Field(default=1, ge=0, le=256)  # processes that load ahead; 0: none
 
 
 class TrainingConfig(_Section):
     """How it is learned."""
 
-    steps: int = Field(default=4500, ge=1)
-    batch_size: int = Field(default=32, ge=1)  # over all processes
-    seed: int = 0
+    steps: Positive = 4500
+    batch_size: int = Field(default=32, ge=1, le=2**16)  # over all processes; twice the largest that is known to train
+    seed: Seed = 0
     device: str = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd
-    betas: tuple[float, float] = (0.9, 0.98)  # of adam and adamw
+    momentum: Share = 0.9  # of sgd
+    betas: tuple[Share, Share] = (0.9, 0.98)  # of adam and adamw
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, ge=0)  # norm of the gradient; 0: as it is
     schedule: Literal["constant", "step", "cosine", "linear", "plateau"] = "cosine"
-    warmup: int = Field(default=800, ge=0)  # steps
-    decay_every: int = Field(default=500, ge=1)  # steps, of the schedule step
+    warmup: Count = 800  # steps
+    decay_every: Positive = 500  # steps, of the schedule step
     decay: float = Field(default=0.1, gt=0, le=1)  # of the schedules step and plateau
     floor: float = Field(default=0.02, ge=0, le=1)  # of cosine and linear: share of the learning rate at the end
-    patience: int = Field(default=2, ge=0)  # evaluations without a better score before the schedule plateau decays
-    stop_after: int = Field(default=0, ge=0)  # evaluations without a better score before training stops; 0: never
-    weights: dict[Literal["text", "class", "image", "distill"], float] = {}  # of the losses; 1 unless given
+    patience: Count = 2  # evaluations without a better score before the schedule plateau decays
+    stop_after: Count = 0  # evaluations without a better score before training stops; 0: never
+    weights: dict[
+        Literal["text", "class", "image", "distill"], Annotated[float, Field(ge=0)]
+    ] = {}  # of the losses; 1 unless given
     teacher: Path | None = None  # run folder of a model whose answers are learned too
-    temperature: float = Field(default=2.0, gt=0)  # of teacher and student
-    evaluate_every: int = Field(default=500, ge=1)  # steps
-    checkpoint_every: int = Field(default=250, ge=1)  # steps
-    evaluation_samples: int = Field(default=384, ge=1)  # of the validation split, at most
+    temperature: float = Field(default=2.0, ge=1e-3, le=1e3)  # of teacher and student
+    evaluate_every: Positive = 500  # steps
+    checkpoint_every: Positive = 250  # steps
+    evaluation_samples: Positive = 384  # of the validation split, at most
 
 
 class RunConfig(_Section):
@@ -104,16 +122,36 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
 
 
-def parse(values: dict[str, Any], origin: str = "configuration") -> RunConfig:
-    """Checks what a TOML file holds.
+class Saved(_Section):
+    """The config.json of a checkpoint: what was trained, and what it depends on."""
+
+    run: RunConfig
+    model: SavedModel
+    classes: list[str]
+    class_prompt: str  # that samples with a label mostly had
+    data: dict[str, str]  # `Problem.fingerprint`
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def checked(kind: type[Section], values: Any, origin: str) -> Section:
+    """The values as a section.
 
     Raises:
-        ConfigError: a key is unknown, or a value wrong.
+        ConfigError: a key is unknown or missing, or a value wrong.
     """
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as wrong:
-        raise ConfigError(f"{origin}: {_line(wrong)}") from None
+        raise ConfigError(f"{origin}: {_line(wrong, kind)}") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: is nested too deeply") from None
+
+
+def parse(values: Any, origin: str = "configuration") -> RunConfig:
+    """Checks what a TOML file holds; raises ConfigError as `checked`."""
+    return checked(RunConfig, values, origin)
 
 
 def read(path: Path) -> RunConfig:
@@ -122,40 +160,40 @@ def read(path: Path) -> RunConfig:
     Raises:
         ConfigError: no such file, no TOML, a key is unknown, or a value wrong.
     """
+    values = load(path, tomllib.loads, "TOML")
+    here, config = path.parent, parse(values, str(path))
+    changed = config.model_dump()
+    for section, name in (("model", "image_weights"), ("data", "word_vectors"), ("training", "teacher")):
+        if changed[section][name] is not None and str(changed[section][name]) != GLOVE:
+            changed[section][name] = str(here / changed[section][name])
+    if config.data.source != "emoji":
+        changed["data"]["source"] = str(here / config.data.source)
+    return parse(changed, str(path))
+
+
+def load(path: Path, decode: Callable[[str], Any], kind: str = "JSON") -> Any:
+    """What a file of settings holds.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, or is none of this kind.
+    """
     try:
-        values = tomllib.loads(path.read_text())
+        return decode(files.read(path, files.SETTINGS).decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # no TOML, or no UTF-8
-        raise ConfigError(f"{path}: is no TOML: {error}") from None
-    config = parse(values, str(path))
-    here = path.parent
-    data: dict[str, Any] = {}
-    if str(config.data.word_vectors) != GLOVE:
-        data["word_vectors"] = _within(here, config.data.word_vectors)
-    if config.data.source != "emoji":
-        data["source"] = str(_within(here, Path(config.data.source)))
-    weights = _within(here, config.model.image_weights)
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"image_weights": weights and str(weights)}),
-            "data": config.data.model_copy(update=data),
-            "training": config.training.model_copy(update={"teacher": _within(here, config.training.teacher)}),
-        }
-    )
+    except ValueError as error:  # of this kind, or of UTF-8
+        raise ConfigError(f"{path}: is no {kind}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is no {kind} that can be read: it is nested too deeply") from None
 
 
-def _within(folder: Path, path: Path | str | None) -> Path | None:
-    return None if path is None else folder / path
-
-
-def _line(wrong: ValidationError) -> str:
+def _line(wrong: ValidationError, kind: type[BaseModel]) -> str:
     """The first thing that is wrong, by its key; an unknown key with the known one nearest to it."""
     first = wrong.errors()[0]
     place = [str(part) for part in first["loc"]]
-    key = ".".join(place)
+    key = ".".join(place) or "all of it"
     if first["type"] == "extra_forbidden":
-        section: Any = RunConfig
+        section: Any = kind
         for part in place[:-1]:
             section = section.model_fields[part].annotation
         known = list(section.model_fields)
@@ -166,6 +204,6 @@ def _line(wrong: ValidationError) -> str:
             return f"unknown key {key}; did you mean {'.'.join([*place[:-1], near[0]])}?"
         return f"unknown key {key}; known: {', '.join(known)}"
     reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # of ModelConfig: it names its key
+    if first["type"] == "value_error" and key == "model":  # of ModelConfig: it names its key
         return f"{key}.{reason}"
-    return f"{key}: {reason[0].lower()}{reason[1:]}, got {first['input']!r}"
+    return f"{key}: {reason[0].lower()}{reason[1:]}, got {reprlib.repr(first['input'])}"

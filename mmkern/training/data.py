@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from mmkern.model.config import Batch, ModelConfig
-from mmkern.training import emoji
+from mmkern.training import emoji, files, pictures
 from mmkern.training.augment import Augment
 from mmkern.training.config import DataConfig
 from mmkern.training.problem import DataError
@@ -58,13 +60,18 @@ class Splits:
     validation: Dataset
     test: Dataset
 
+    def parts(self) -> tuple[Dataset, Dataset, Dataset]:
+        """All three."""
+        return self.train, self.validation, self.test
+
 
 def load_dataset(config: DataConfig) -> Splits:
     """Reads what `data.source` names.
 
     "emoji", or a folder with one table, *.csv or *.jsonl, whose rows have an image (a path in the folder), a prompt,
     a text or a label or both, and if wanted a split ("train", "validation", "test") and a group. Without a split, all
-    rows of one image, or of one prompt where there is no image, go the same way.
+    rows of one image, or of one prompt where there is no image, go the same way. What lies outside the folder is read
+    with `data.allow_outside` alone. Of each picture the head is looked at, so that what is none stops no training.
 
     Raises:
         DataError: the table is missing, empty or wrong; the message names the file and the line.
@@ -74,28 +81,33 @@ def load_dataset(config: DataConfig) -> Splits:
         rows, classes = emoji.samples(config.tasks, config.seed)
         parts = [[Sample(**row) for row in split] for split in rows]
     else:
-        parts, classes = _read(Path(config.source), config.seed)
+        parts, classes = _read(Path(config.source), config.seed, config.allow_outside)
     parts[0] = parts[0][: config.limit] if config.limit else parts[0]
     return Splits(*(Dataset(part, classes) for part in parts))
 
 
-def _read(folder: Path, seed: int) -> tuple[list[list[Sample]], list[str]]:
+def _read(folder: Path, seed: int, allow_outside: bool) -> tuple[list[list[Sample]], list[str]]:
     if not folder.is_dir():
         raise DataError(f"data.source: {folder}: no such folder")
     tables = sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
     if len(tables) != 1:
         found = ", ".join(t.name for t in tables) or "none"
         raise DataError(f"data.source: {folder}: expected one table, *.csv or *.jsonl, found {found}")
+    within = "" if allow_outside else os.path.join(os.path.realpath(folder), "")
+    _check_place(tables[0], within, "data.source")
     parts: list[list[Sample]] = [[], [], []]
     labels: list[tuple[Sample, str]] = []
+    known: set[Path] = set()
     for line, row in _rows(tables[0]):
         where = f"{tables[0]}: line {line}"
-        if unknown := row.keys() - {*COLUMNS}:
-            raise DataError(f"{where}: unknown column {sorted(map(str, unknown))[0]!r}; known: {', '.join(COLUMNS)}")
-        values = {name: str(value) for name, value in row.items() if value not in (None, "")}
+        values = _texts(row, where)
         image = folder / values["image"] if "image" in values else None
-        if image is not None and not image.is_file():
-            raise DataError(f"{where}: no picture {values['image']}")
+        if image is not None and image not in known:
+            if not image.exists():
+                raise DataError(f"{where}: no picture {values['image']}")
+            _check_place(image, within, where)
+            pictures.read(image, decode=False)
+            known.add(image)
         if image is None and "prompt" not in values:
             raise DataError(f"{where}: has neither image nor prompt")
         if "text" not in values and "label" not in values:
@@ -111,28 +123,63 @@ def _read(folder: Path, seed: int) -> tuple[list[list[Sample]], list[str]]:
             labels.append((sample, values["label"]))
     if not any(parts):
         raise DataError(f"data.source: {tables[0]}: has no rows")
-    classes = sorted({label for _, label in labels})
+    places = {label: i for i, label in enumerate(sorted({label for _, label in labels}))}
     for sample, label in labels:
-        sample.label = classes.index(label)
-    return parts, classes
+        sample.label = places[label]
+    return parts, list(places)
+
+
+def _check_place(path: Path, within: str, where: str) -> None:
+    if not os.path.realpath(path).startswith(within):
+        raise DataError(f"{where}: {path} is outside the folder; data.allow_outside = true lets it be read")
+
+
+def _texts(row: dict[str, Any], where: str) -> dict[str, str]:
+    """The cells of a row that are not empty, as text."""
+    if unknown := row.keys() - {*COLUMNS}:
+        raise DataError(f"{where}: unknown column {sorted(map(str, unknown))[0]!r}; known: {', '.join(COLUMNS)}")
+    values = {name: value for name, value in row.items() if value not in (None, "")}
+    for name, value in values.items():
+        if not isinstance(value, (str, int, float)):
+            raise DataError(f"{where}: {name}: expected a text, got a {type(value).__name__}")
+        values[name] = check_text(str(value), f"{where}: {name}")
+    return values
+
+
+def check_text(text: str, where: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+        DataError: it has a surrogate without its other half, which no tokenizer and no file takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: is no Unicode text, it has half a surrogate pair: {ascii(text)[:80]}") from None
+    return text
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if table.suffix == ".csv":
-                reader = csv.DictReader(file, strict=True)
-                for row in reader:
-                    yield reader.line_num, row
-            else:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise DataError(f"{table}: line {number}: expected an object, got {line.strip()[:40]}")
-                        yield number, row
-    except (csv.Error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{table}: {error}") from None
+        file = io.TextIOWrapper(io.BytesIO(files.read(table, files.TABLE)), encoding="utf-8-sig", newline="")
+        if table.suffix == ".csv":
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                yield (number := reader.line_num), row
+        else:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise DataError(f"{table}: line {number}: expected an object, got {line.strip()[:40]}")
+                    yield number, row
+    except DataError:
+        raise
+    except RecursionError:
+        raise DataError(f"{table}: line {number}: is nested too deeply") from None
+    except (csv.Error, ValueError) as error:  # of JSON, of UTF-8, of numbers
+        raise DataError(f"{table}: line {number}: {error}") from None
 
 
 def _place(key: str) -> int:
@@ -141,32 +188,12 @@ def _place(key: str) -> int:
     return 2 if share < test else 1 if share < test + validation else 0
 
 
-def picture(image: Image.Image, side: int) -> Tensor:
-    """(3, side, side) uint8 of a picture: upright, made square and transparent parts white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value * (1 / 256)).convert("L")  # Pillow alone would clip at 255
-    if image.mode != "RGB":
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.width != image.height:
-        longest = max(image.size)
-        square = Image.new("RGB", (longest, longest), "white")
-        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
-        image = square
-    if image.width != side:
-        image = image.resize((side, side), Image.Resampling.BICUBIC)
-    content = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return content.view(side, side, 3).permute(2, 0, 1)
-
-
-@lru_cache(maxsize=4096)  # of 72 x 72 pictures 64 MB
 def _read_picture(path: Path, side: int) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return picture(image, side)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: is no picture that Pillow can read ({type(error).__name__})") from None
+    return pictures.square(pictures.read(path), side)
+
+
+_kept_picture = lru_cache(maxsize=4096)(_read_picture)
+_KEPT_SIDE = 128  # pictures are kept up to this side: 4,096 of them have 200 MB
 
 
 def collate(
@@ -191,9 +218,10 @@ def collate(
         images = torch.ones(len(samples), 3, c.image_size, c.image_size)
         for i, sample in enumerate(samples):
             if isinstance(sample.image, Path):
-                images[i] = _read_picture(sample.image, c.image_size) / 255
+                read = _kept_picture if c.image_size <= _KEPT_SIDE else _read_picture
+                images[i] = read(sample.image, c.image_size) / 255
             elif sample.image is not None:
-                images[i] = picture(sample.image, c.image_size) / 255
+                images[i] = pictures.square(sample.image, c.image_size) / 255
     prompts = [tokenizer.encode(s.prompt).ids[: c.max_tokens] if s.prompt else [] for s in samples]
     if augment is not None:
         assert generators is not None, "generators: augmentation draws from them"

@@ -13,6 +13,7 @@ from mmkern.training.metrics import classification_metrics, text_metrics
 from mmkern.training.problem import Problem
 
 CHUNK = 64  # samples at a time
+Row = tuple[str, str, dict[str, Any]]  # a group of samples, a baseline or "" for the model, and its metrics
 PRIMARY = ("accuracy", "token_f1")  # the metric of a group that its score is
 
 
@@ -107,6 +108,16 @@ def metrics(predictions: Sequence[Prediction], classes: Sequence[str]) -> dict[s
             values |= text_metrics([p for p, _ in texts], [e for _, e in texts])
         found[name] = values
     return found
+
+
+def rows(found: dict[str, dict[str, Any]], baselines: dict[str, dict[str, dict[str, Any]]]) -> list[Row]:
+    """The metrics of each group, then those of the baselines for it."""
+    return [(g, name, of[g]) for g in found for name, of in {"": found, **baselines}.items() if g in of]
+
+
+def metric_names(rows: Sequence[Row]) -> list[str]:
+    """What is told of any of them, in order."""
+    return [n for n in dict.fromkeys(n for *_, values in rows for n in values) if n != "confusion"]
 
 
 def score(found: dict[str, dict[str, Any]]) -> float:

@@ -8,16 +8,22 @@ the same bits.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import math
+import reprlib
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,12 +31,17 @@ import mmkern
 from mmkern.model import Batch, MultimodalModel
 from mmkern.training import checkpoints, evaluation, schedules
 from mmkern.training.checkpoints import CheckpointError, Snapshot, Writer
-from mmkern.training.config import RunConfig, TrainingConfig
+from mmkern.training.config import ConfigError, Count, RunConfig, TrainingConfig, checked
 from mmkern.training.problem import Problem, Steps, loader
 from mmkern.training.records import Records
 
 CHECKPOINTS = "checkpoints"
 LOSSES = ("loss", "text", "class", "image", "distill_text", "distill_class")
+# Of a run's configuration, what may change before it goes on: where things are (their content is hashed), and on what.
+MOVABLE = {
+    "run.data.source", "run.data.word_vectors", "run.data.workers", "run.training.device", "run.training.teacher",
+    "run.model.image_weights", "model.image_weights", "model.image_backbone.transformers_version",
+}  # fmt: skip
 log = logging.getLogger("mmkern.training")
 
 
@@ -112,9 +123,42 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = f"cuda:{dist.get_node_local_rank(fallback_rank=0)}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        torch.ones(1, device=device).item()  # "meta" has none to give
     except (RuntimeError, AssertionError) as error:
         raise TrainingError(f"training.device: {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+class _Waiting(BaseModel):
+    best: float | None
+    waited: Count
+
+
+class Progress(BaseModel):
+    """What a checkpoint knows of the run besides its step."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    processes: Count
+    samples: Count
+    rate: Annotated[float, Field(gt=0)]
+    stopped: bool
+    plateau: _Waiting
+    patience: _Waiting
+
+
+def difference(was: Any, now: Any, name: str = "") -> str | None:
+    """The first value that differs, by its name: "run.data.seed was 1, is 2"; None: none but of MOVABLE."""
+    if name in MOVABLE or was == now:
+        return None
+    if isinstance(was, dict) and isinstance(now, dict):
+        pairs = [(f"{name}.{key}".lstrip("."), was.get(key), now.get(key)) for key in sorted({*was, *now})]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(was, now, strict=True))]
+    else:
+        return f"{name} was {reprlib.repr(was)}, is {reprlib.repr(now)}"
+    return next((found for n, a, b in pairs if (found := difference(a, b, n))), None)
 
 
 class Trainer:
@@ -166,25 +210,55 @@ class Trainer:
         """Goes on from a checkpoint.
 
         Raises:
-            CheckpointError: it is of another model, another number of processes, or other data.
+            CheckpointError: it is of another configuration, number of processes or other data, or not what was written.
         """
-        progress = checkpoint.progress
-        if progress["processes"] != self.world:
-            raise CheckpointError(f"{checkpoint.path}: is of {progress['processes']} processes, these are {self.world}")
-        if progress["samples"] != len(self.problem.train):
+        path = checkpoint.path
+        try:
+            progress = checked(Progress, checkpoint.progress, f"{path / checkpoints.MANIFEST}: progress")
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        if progress.processes != self.world:
+            raise CheckpointError(f"{path}: is of {progress.processes} processes, these are {self.world}")
+        if progress.samples != len(self.problem.train):
             raise CheckpointError(
-                f"{checkpoint.path}: was trained on {progress['samples']} samples, the data now have "
-                f"{len(self.problem.train)}"
+                f"{path}: was trained on {progress.samples} samples, the data now have {len(self.problem.train)}"
             )
+        if changed := difference(checkpoint.config, self.described):
+            raise CheckpointError(f"{path}: was trained on something else: {changed}")
         load_weights(self.model, checkpoint)
-        checkpoints.restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
+        try:
+            checkpoints.restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
         random = checkpoint.tensors("random")
-        torch.set_rng_state(random[f"{self.rank}.cpu"])
-        if self.device.type == "cuda" and f"{self.rank}.cuda" in random:
-            torch.cuda.set_rng_state(random[f"{self.rank}.cuda"], self.device)
-        self.plateau.restore(progress["plateau"])
-        self.patience.restore(progress["patience"])
-        self.step, self.rate, self.stopped = checkpoint.step, progress["rate"], progress["stopped"]
+        try:
+            torch.set_rng_state(random[f"{self.rank}.cpu"])
+            if self.device.type == "cuda" and f"{self.rank}.cuda" in random:
+                torch.cuda.set_rng_state(random[f"{self.rank}.cuda"], self.device)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path / 'random.safetensors'}: holds no state of torch's generator ({error})"
+            ) from None
+        self.plateau.restore(progress.plateau.model_dump())
+        self.patience.restore(progress.patience.model_dump())
+        self.step, self.rate, self.stopped = checkpoint.step, progress.rate, progress.stopped
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """The config.json of this run's checkpoints: JSON of a `config.Saved`."""
+        data = dict(self.problem.fingerprint)
+        if self.teacher is not None:
+            weights = safetensors.torch.save(checkpoints.copied(self.teacher.state_dict()))
+            data["teacher"] = hashlib.sha256(weights).hexdigest()[:16]
+        config = {
+            "run": self.config.model_dump(mode="json"),
+            "model": dataclasses.asdict(self.model.config),
+            "classes": self.problem.classes,
+            "class_prompt": self.problem.class_prompt,
+            "data": data,
+        }
+        found: dict[str, Any] = json.loads(json.dumps(config))
+        return found
 
     def run(self) -> None:
         """Trains to the end; whatever happens, the last checkpoint is whole.
@@ -192,6 +266,8 @@ class Trainer:
         Raises:
             TrainingError: the loss is no longer finite. OSError: the disk is full.
         """
+        if self.rank == 0:
+            _ = self.described  # the data as they are before the first step
         records = Records(self.folder, self.step) if self.rank == 0 else None
         writer = Writer(self.folder / CHECKPOINTS)
         steps = Steps(self.problem, self.c.batch_size, self.c.seed, self.rank, self.world)
@@ -315,26 +391,26 @@ class Trainer:
             "optimizer": checkpoints.flattened(self.optimizer),
             "random": random,
         }
-        config = {
-            "run": self.config.model_dump(mode="json"),
-            "model": dataclasses.asdict(self.model.config),
-            "classes": self.problem.classes,
-            "class_prompt": self.problem.class_prompt,
-        }
         tokenizer = self.problem.tokenizer.to_str()
-        writer.submit(Snapshot(self.step, tensors, config, tokenizer, progress, score))
+        writer.submit(Snapshot(self.step, tensors, self.described, tokenizer, progress, score))
 
 
 def load_weights(model: nn.Module, checkpoint: checkpoints.Checkpoint) -> None:
     """Puts a checkpoint's weights into a model.
 
     Raises:
-        CheckpointError: it is of another model; the first tensor that does not fit is named.
+        CheckpointError: it is of another model, or has a NaN; the first tensor that does not fit is named.
     """
     tensors, expected = checkpoint.tensors("model"), model.state_dict()
     for name in sorted(tensors.keys() | expected.keys()):
-        shapes = [tuple(found[name].shape) if name in found else None for found in (tensors, expected)]
-        if shapes[0] != shapes[1]:
-            has, wants = ("nothing" if shape is None else f"{shape}" for shape in shapes)
+        kinds = [
+            (tuple(t.shape), t.dtype) if (t := found.get(name)) is not None else None for found in (tensors, expected)
+        ]
+        if kinds[0] != kinds[1]:
+            has, wants = ("nothing" if kind is None else f"{kind[0]}" for kind in kinds)
+            if has == wants:
+                has, wants = (f"{kind[1]}" for kind in kinds if kind is not None)
             raise CheckpointError(f"{checkpoint.path}: has {has} for {name}, the model {wants}")
+        if not tensors[name].isfinite().all():
+            raise CheckpointError(f"{checkpoint.path}: has a value of {name} that is not finite")
     model.load_state_dict(tensors)

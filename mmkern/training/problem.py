@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmkern.model.config import Batch
+from mmkern.training import files
 
 Collate = Callable[[Sequence[Any], Sequence[torch.Generator] | None], Batch]
 
@@ -49,6 +52,40 @@ class Problem:
         samples = (self.train[i] for i in range(len(self.train)))
         counts = Counter(sample.prompt for sample in samples if sample.label is not None)
         return counts.most_common(1)[0][0] if counts else ""
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of all that training and its test depend on: what a run that goes on must find as it was."""
+        found = {"tokenizer": _hash([self.tokenizer.to_str()])}
+        for split in ("train", "validation", "test"):
+            samples = getattr(self, split)
+            for field in ("image", "prompt", "text", "label", "group"):
+                values = (getattr(samples[i], field, None) for i in range(len(samples)))
+                found[f"{split}_{field}"] = _hash(values)
+        return found
+
+
+def _hash(values: Iterable[Any]) -> str:
+    """The first 64 bits of the sha256 of values in their order; of a path, that of its content."""
+    of_file = cache(_hash_of_file)
+    whole = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Path):
+            content = of_file(value)
+        elif isinstance(value, Tensor):
+            content = value.numpy().tobytes()
+        else:  # a picture, or text, number, None
+            content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+        whole.update(hashlib.sha256(content).digest())
+    return whole.hexdigest()[:16]
+
+
+def _hash_of_file(path: Path) -> bytes:
+    try:
+        with files.opened(path) as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 class Steps(Dataset[Batch]):

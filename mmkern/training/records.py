@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from mmkern.training import files
 
 METRICS = "metrics.jsonl"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line that a kill cut short is left out."""
-    found = []
-    try:
-        lines = (folder / METRICS).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
+    """The records of a run; what follows a line that a kill cut short, or that is none, is left out."""
+    found: list[dict[str, Any]] = []
+    if not (folder / METRICS).exists():
+        return found
+    with files.opened(folder / METRICS) as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                whole = isinstance(record["step"], int) and ("loss" in record or record["split"] != "train")
+            except (ValueError, TypeError, KeyError, RecursionError):
+                whole = False
+            if not whole:
+                break
+            found.append(record)
     return found
 
 
@@ -37,9 +41,7 @@ class Records:
         from torch.utils.tensorboard import SummaryWriter
 
         kept = [record for record in read(folder) if record["step"] <= step and step]
-        partial = folder / f".{METRICS}-{os.getpid()}"
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, folder / METRICS)
+        files.write(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = (folder / METRICS).open("a")
         self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 

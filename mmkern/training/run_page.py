@@ -10,8 +10,8 @@ from typing import Any
 
 import jinja2
 
-from mmkern.training import records
-from mmkern.training.evaluation import Prediction
+from mmkern.training import files, pictures, records
+from mmkern.training.evaluation import Prediction, Row, metric_names
 
 PAGE = "page.html"
 CURVES = "curves.svg"
@@ -32,7 +32,7 @@ _TEMPLATE = """<!doctype html>
 </table>
 <h2>Held-out test data</h2>
 <table><tr><th>task</th>{% for name in names %}<th class="n">{{ name }}</th>{% endfor %}</tr>
-{% for group, values in metrics.items() %}<tr><td>{{ group }}</td>
+{% for group, baseline, values in rows %}<tr><td>{{ group }}{{ ": " + baseline if baseline }}</td>
 {% for name in names %}<td class="n">{{ shown(values.get(name)) }}</td>{% endfor %}</tr>{% endfor %}</table>
 {% for group, counts in confusions.items() %}<h2>Which classes are mistaken: {{ group }}</h2>
 <table><tr><th>expected, said</th>{% for name in classes %}<th class="n">{{ name }}</th>{% endfor %}</tr>
@@ -52,6 +52,13 @@ _TEMPLATE = """<!doctype html>
 
 def curves(found: Sequence[dict[str, Any]]) -> str:
     """The loss and the scores of a run's records over its steps, as SVG."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):  # a group may be called $x$
+        return _drawn(found)
+
+
+def _drawn(found: Sequence[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -65,7 +72,8 @@ def curves(found: Sequence[dict[str, Any]]) -> str:
     for name in sorted({n for r in validation for n in r if n.startswith("loss_")}):
         left.plot(at, [r.get(name) for r in validation], ".--", label=f"validation, {name.removeprefix('loss_')}")
     for name in sorted({n for r in validation for n in r if n.endswith(("/accuracy", "/macro_f1", "_f1", "_match"))}):
-        right.plot(at, [r.get(name) for r in validation], ".-", label=name)
+        group, _, metric = name.rpartition("/")  # the metric first: a label that begins with "_" is left out
+        right.plot(at, [r.get(name) for r in validation], ".-", label=f"{metric} of {group}")
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
     right.set(xlabel="step", ylabel="validation", ylim=(0, 1))
     for axes in (left, right):
@@ -89,28 +97,27 @@ def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
 def write(
     folder: Path,
     facts: dict[str, str],
-    metrics: dict[str, dict[str, Any]],
+    rows: Sequence[Row],
     predictions: Sequence[Prediction],
     classes: Sequence[str],
 ) -> Path:
     """Writes curves.svg and page.html into a run's folder; returns the page's path."""
     drawn = curves(records.read(folder))
-    (folder / CURVES).write_text(drawn)
-    names = [n for n in dict.fromkeys(n for v in metrics.values() for n in v) if n != "confusion"]
-    confusions = {group: v["confusion"] for group, v in metrics.items() if "confusion" in v and ": " not in group}
+    files.write(folder / CURVES, drawn)
+    confusions = {group: v["confusion"] for group, baseline, v in rows if "confusion" in v and not baseline}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(_TEMPLATE).render(
         title=f"mmkern: {folder.name}",
         facts=facts,
-        names=names,
-        metrics=metrics,
+        names=metric_names(rows),
+        rows=rows,
         classes=classes,
         confusions=confusions if len(classes) <= CLASSES_SHOWN else {},
         shown=lambda v: "" if v is None else f"{v:.3f}" if isinstance(v, float) else v,
         curves=jinja2.utils.markupsafe.Markup(drawn[drawn.index("<svg") :]),
         predictions=[_entry(p, classes) for p in predictions],
     )
-    (folder / PAGE).write_text(page)
+    files.write(folder / PAGE, page)
     return folder / PAGE
 
 
@@ -135,10 +142,7 @@ def _entry(p: Prediction, classes: Sequence[str]) -> dict[str, Any]:
 def _picture(image: Any) -> str:
     if image is None:
         return ""
-    from PIL import Image
-
-    opened = Image.open(image) if isinstance(image, (str, Path)) else image
-    opened = opened.convert("RGBA")
+    opened = (pictures.read(image) if isinstance(image, Path) else image).convert("RGBA")
     opened.thumbnail((144, 144))
     written = io.BytesIO()
     opened.save(written, "PNG")

@@ -16,11 +16,13 @@ from mmkern.model import Batch, ModelConfig, MultimodalModel
 from mmkern.training import checkpoints
 from mmkern.training.augment import Augment
 from mmkern.training.checkpoints import Checkpoint, CheckpointError
-from mmkern.training.config import DataConfig, RunConfig, parse
+from mmkern.training.config import ConfigError, DataConfig, RunConfig, Saved, checked
 from mmkern.training.data import collate, load_dataset
 from mmkern.training.loop import CHECKPOINTS, TrainingError, load_weights
 from mmkern.training.problem import Problem
 from mmkern.training.text import read_word_vectors, train_tokenizer
+
+CLASSES = 1 << 12  # the table of mistakes has the square of it in cells: 16 million
 
 
 @dataclass
@@ -58,13 +60,16 @@ def prepare(config: RunConfig, known: Run | None = None) -> tuple[Problem, Model
         known: tokenizer and classes are this run's; None: found in the training split.
 
     Raises:
-        TrainingError: a split is empty, or the data have classes that `known` does not.
+        TrainingError: a split is empty, or the data have classes that `known` does not, one class alone, too many, or
+            pictures that the model takes none of.
         DataError, OSError: the data cannot be read; the message names the file.
     """
     splits: Any = load_dataset(config.data)
     if not len(splits.train) and known is None:
         raise TrainingError(f"data.source: {config.data.source}: no sample to train on")
     classes = list(splits.train.classes)
+    if not config.model.image_size and any(s.image is not None for part in splits.parts() for s in part.samples):
+        raise TrainingError(f"model.image_size: 0, but {config.data.source} has pictures")
     if known is None:
         return _new(config, splits, classes)
     if unknown := [name for name in classes if name not in known.classes]:
@@ -86,6 +91,12 @@ def prepare(config: RunConfig, known: Run | None = None) -> tuple[Problem, Model
 
 
 def _new(config: RunConfig, splits: Any, classes: list[str]) -> tuple[Problem, ModelConfig]:
+    if len(classes) == 1:
+        raise TrainingError(f"data.source: {config.data.source}: every label is {classes[0]!r}; it takes two classes")
+    if len(classes) > CLASSES:
+        raise TrainingError(
+            f"data.source: {config.data.source}: has {len(classes)} classes, {CLASSES} at most are told"
+        )
     vectors = None
     if config.data.word_vectors is not None:
         tokenizer, vectors = read_word_vectors(config.data.word_vectors, _texts(splits.train))
@@ -139,15 +150,23 @@ def open_run(folder: Path, device: torch.device | str = "cpu", last: bool = Fals
         checkpoint = checkpoints.load(folder)
     if checkpoint.tokenizer is None:
         raise CheckpointError(f"{checkpoint.path}: has no tokenizer.json")
-    saved = checkpoint.config
-    model = MultimodalModel(ModelConfig(**saved["model"]))
+    where = checkpoint.path / "config.json"
+    try:
+        saved = checked(Saved, checkpoint.config, str(where))
+        model = MultimodalModel(ModelConfig(**saved.model.model_dump()))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except ValueError as error:
+        raise CheckpointError(f"{where}: model.{error}") from None
+    if len(saved.classes) != model.config.classes:
+        raise CheckpointError(f"{where}: names {len(saved.classes)} classes, the model has {model.config.classes}")
     load_weights(model, checkpoint)
-    return Run(
-        folder,
-        checkpoint,
-        parse(saved["run"], str(checkpoint.path / "config.json")),
-        model.to(device).eval(),
-        Tokenizer.from_str(checkpoint.tokenizer),
-        saved["classes"],
-        saved["class_prompt"],
-    )
+    try:
+        tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
+        largest = max(tokenizer.get_vocab().values(), default=0)
+    except Exception as error:  # the library has no class of its own for it
+        raise CheckpointError(f"{checkpoint.path / 'tokenizer.json'}: is no tokenizer ({error})") from None
+    if largest >= model.config.vocab_size:
+        where, count = checkpoint.path / "tokenizer.json", model.config.vocab_size
+        raise CheckpointError(f"{where}: has the token {largest}, the model {count} of them")
+    return Run(folder, checkpoint, saved.run, model.to(device).eval(), tokenizer, saved.classes, saved.class_prompt)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from mmkern.model.config import LIMITS
+from mmkern.training import files
 from mmkern.training.config import GLOVE
 from mmkern.training.problem import DataError
 
 SPECIAL = ["<pad>", "<start>", "<end>"]  # the ids 0, 1, 2
 UNKNOWN = "<unk>"
+CHANNELS = LIMITS["word_vector_dim"][1]
 COMMON = 5000  # words of a file, from its head, that are known even where no training text has them
 
 
@@ -53,7 +58,8 @@ def read_word_vectors(path: Path, texts: Iterable[str]) -> tuple[Tokenizer, Tens
     known = torch.stack(list(found.values()))
     draw = torch.Generator().manual_seed(0)
     missing = sorted(wanted - found.keys())
-    drawn = torch.randn(len(SPECIAL) + len(missing), known.shape[1], generator=draw) * known.std()
+    drawn = torch.randn(len(SPECIAL) + len(missing), known.shape[1], generator=draw)
+    drawn *= known.std() if known.numel() > 1 else 1.0
     words = [*SPECIAL, UNKNOWN, *found, *missing]
     vectors = torch.cat([drawn[: len(SPECIAL)], known.mean(0, keepdim=True), known, drawn[len(SPECIAL) :]])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
@@ -74,6 +80,8 @@ def _read(path: Path, wanted: set[str]) -> dict[str, Tensor]:
     for i, (word, values) in enumerate(pairs):
         if (i < COMMON or word in wanted) and word not in SPECIAL and word not in found:
             vector = torch.as_tensor(values, dtype=torch.float32)
+            if len(vector) > CHANNELS:
+                raise DataError(f"{path}: word {i + 1} has {len(vector)} channels; at most {CHANNELS} are taken")
             if found and vector.shape != next(iter(found.values())).shape:
                 raise DataError(f"{path}: word {i + 1}, {word!r}, has {len(vector)} channels, not as many as the first")
             if not vector.isfinite().all():
@@ -84,8 +92,8 @@ def _read(path: Path, wanted: set[str]) -> dict[str, Tensor]:
 
 def _lines(path: Path) -> Iterable[tuple[str, Sequence[float]]]:
     channels = 0  # of the lines before
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
+    with io.TextIOWrapper(files.opened(path), encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(iter(partial(file.readline, files.LINE), ""), start=1):
             parts = line.rstrip("\r\n ").split(" ")
             if number == 1 and len(parts) == 2 and all(p.isdecimal() for p in parts):
                 continue  # word2vec's head
@@ -107,14 +115,16 @@ def _numbers(parts: Sequence[str]) -> list[float]:
 
 
 def _binary(path: Path) -> Iterable[tuple[str, Tensor]]:
-    with path.open("rb") as file:
+    with files.opened(path) as file:
         head = file.readline(100).split()
         if len(head) != 2 or not all(part.isdigit() for part in head):
             raise DataError(f"{path}: is no word2vec binary: its first line is not 'words channels'")
         count, channels = int(head[0]), int(head[1])
+        if not 1 <= channels <= CHANNELS:
+            raise DataError(f"{path}: has {channels} channels; at most {CHANNELS} are taken")
         for number in range(count):
             word = bytearray()
-            while (byte := file.read(1)) not in (b" ", b""):
+            while (byte := file.read(1)) not in (b" ", b"") and len(word) < files.LINE:
                 word += byte
             content = file.read(4 * channels)
             if len(content) < 4 * channels:
@@ -140,12 +150,15 @@ def _array(path: Path) -> Iterable[tuple[str, Tensor]]:
     names = [p for suffix in (".txt", ".vocab") if (p := path.with_suffix(suffix)).exists()]
     if not names:
         raise DataError(f"{path}: has no vocabulary beside it ({path.with_suffix('.txt').name}, a word a line)")
+    with files.opened(path) as file:
+        numpys = file.read(6) == b"\x93NUMPY"  # np.load would open archives as well
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError:
-        raise DataError(f"{path}: is no array of numbers in numpy's format") from None
-    with names[0].open(encoding="utf-8", errors="replace") as file:
-        words = [line.rstrip("\n") for line in file]
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False) if numpys else None
+    except (ValueError, EOFError):
+        vectors = None
+    if vectors is None or vectors.dtype.kind not in "fiu":
+        raise DataError(f"{path}: is no array of numbers in numpy's format")
+    words = files.read(names[0], files.TABLE).decode(errors="replace").removesuffix("\n").split("\n")
     if vectors.ndim != 2 or len(words) != len(vectors):
         raise DataError(f"{path}: has the shape {vectors.shape}, its vocabulary {len(words)} words")
-    return ((word, torch.tensor(vectors[i])) for i, word in enumerate(words))
+    return ((word, torch.as_tensor(vectors[i].astype(np.float32))) for i, word in enumerate(words))

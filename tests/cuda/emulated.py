@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ptx_runner import HERE, ROOT, built
+from ptx_runner import HERE, ROOT, built, made
 
 import mmkern  # noqa: F401  its schemas
 
@@ -47,14 +46,8 @@ def ptx(target: str, seed: int = 0) -> str:
     found = []
     for source in KERNELS:
         out = ROOT / "build" / "emulator" / f"{source.stem}-{target}-{key}.ptx"
-        if not out.exists():
-            out.parent.mkdir(parents=True, exist_ok=True)
-            fresh = out.with_suffix(".fresh")
-            subprocess.run(
-                ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{target}", f"-DMMKERN_SEED={seed}", f"-I{CSRC}", "-ptx",
-                 str(source), "-o", str(fresh)], check=True,
-            )  # fmt: skip
-            fresh.rename(out)
+        options = ["-std=c++17", "-O3", f"-arch=sm_{target}", f"-DMMKERN_SEED={seed}", f"-I{CSRC}", "-ptx"]
+        made(out, ["nvcc", *options, str(source)])
         found.append(out.read_text())
     return "\n".join(found)
 

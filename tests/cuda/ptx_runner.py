@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
-import os
 import shutil
 import struct
 import subprocess
@@ -46,6 +46,17 @@ class EmulationError(RuntimeError):
     """What the emulator found: a race, an access out of bounds, a deadlock, an opcode without meaning."""
 
 
+def made(path: Path, command: Sequence[str]) -> None:
+    """Have `command` make a file, if it is not there; of several processes one does, and the others wait for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            fresh = path.with_suffix(".fresh")
+            subprocess.run([*command, "-o", str(fresh)], check=True)
+            fresh.rename(path)
+
+
 @cache
 def built(source: str, *flags: str) -> Path:
     """A shared library of a C++ file of this folder, compiled once for its text, its headers and these flags."""
@@ -56,11 +67,7 @@ def built(source: str, *flags: str) -> Path:
     texts = [path.read_bytes() for path in sorted(read)]
     key = hashlib.sha256(b"".join(texts) + repr((source, flags)).encode()).hexdigest()[:16]
     library = ROOT / "build" / "emulator" / f"{Path(source).stem}-{key}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        fresh = library.with_suffix(f".{os.getpid()}")  # other processes may build it too
-        subprocess.run(["g++", *FLAGS, *flags, str(HERE / source), "-o", str(fresh)], check=True)
-        fresh.rename(library)
+    made(library, ["g++", *FLAGS, *flags, str(HERE / source)])
     return library
 
 

@@ -1,0 +1,131 @@
+"""The chunks of linear_cross_entropy: sums over very many, forked processes, and the dtype they multiply in."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmkern
+from mmkern import testing
+from mmkern.ops import _linear_chunks
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_16384_chunks_lose_no_more_digits_than_torch(reduction, backend, monkeypatch):
+    """Of one sign, so that the sums grow: in float32 one after the other, 5e-6 of the loss were lost."""
+    if backend == "gpu":
+        monkeypatch.setattr(_linear_chunks, "chunked", _linear_chunks.chunked_on_gpu)
+        monkeypatch.setattr(mmkern.ops.linear_loss, "chunked", _linear_chunks.chunked_on_gpu)
+    rows, classes, dim = 16384, 5, 3
+    leaves = [
+        testing.randn(rows, dim, seed=1).abs(),
+        testing.randn(classes, dim, seed=2),
+        testing.randn(classes, seed=3),
+    ]
+    target = torch.full((rows,), 2)
+    weight = testing.randn(classes, seed=4).abs() + 0.1
+
+    def run(dtype, ours=False):
+        h, w, b = (t.to(dtype).requires_grad_() for t in leaves)
+        if ours:
+            options = {"class_weight": weight, "reduction": reduction, "chunk_size": 1}
+            loss = mmkern.linear_cross_entropy(h, w, target, b, **options)
+        else:
+            loss = F.cross_entropy(F.linear(h, w, b), target, weight.to(dtype), reduction=reduction)
+        return loss.detach(), *torch.autograd.grad(loss, (h, w, b))
+
+    exact, baseline = run(torch.float64), run(torch.float32)
+    for i, (a, e, b) in enumerate(zip(run(torch.float32, ours=True), exact, baseline, strict=True)):
+        testing.assert_accurate(a, e, b, "gradient" if i else "forward")
+        assert (a - e).norm() <= 3e-7 * e.norm()
+
+
+def test_second_derivatives_sum_chunks_in_float64():
+    hidden, weight = testing.randn(4096, 3, seed=1).abs(), testing.randn(5, 3, seed=2)
+    target = torch.full((4096,), 2)
+
+    def second(dtype, call):
+        h, w = (t.to(dtype).requires_grad_() for t in (hidden, weight))
+        (g,) = torch.autograd.grad(call(h, w), h, create_graph=True)
+        return torch.autograd.grad(g.abs().sum(), w)[0]
+
+    exact, baseline = (
+        second(d, lambda h, w: F.cross_entropy(F.linear(h, w), target)) for d in (torch.float64, torch.float32)
+    )
+    found = second(torch.float32, lambda h, w: mmkern.linear_cross_entropy(h, w, target, chunk_size=2))
+    testing.assert_accurate(found, exact, baseline, "gradient")
+
+
+def test_a_forked_child_goes_on_after_its_parent_used_threads(tmp_path):
+    script = """
+import os, signal, torch, mmkern
+torch.set_num_threads(2)
+h, w = torch.randn(300, 64, requires_grad=True), torch.randn(400, 64, requires_grad=True)
+target = torch.arange(300)
+def run(reduction):
+    loss = mmkern.linear_cross_entropy(h, w, target, reduction=reduction)
+    return torch.autograd.grad(loss.sum(), (h, w))
+right = [run(reduction) for reduction in ("mean", "none")]
+(torch.randn(600, 600) @ torch.randn(600, 600)).sum()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    found = [run(reduction) for reduction in ("mean", "none")]
+    same = all(torch.allclose(a, b, atol=1e-6) for r, f in zip(right, found) for a, b in zip(r, f))
+    os._exit(0 if same and torch.get_num_threads() == 2 else 3)
+status = os.waitpid(child, 0)[1]
+assert status == 0, status
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, timeout=240)
+
+
+class Processor:
+    def __init__(self, *isas: str) -> None:
+        self.isas = lambda: isas
+
+
+def multiplied_in(monkeypatch, dtype, *isas):
+    """The dtypes of the matmuls of a call."""
+    seen = set()
+
+    def watched(name):
+        plain = getattr(torch, name)
+
+        def call(*args, **kwargs):
+            seen.add(args[-1].dtype)
+            return plain(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(_linear_chunks, "_C", Processor(*isas))
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, watched(name))
+    leaves = [testing.randn(5, 8, dtype=dtype).requires_grad_(), testing.randn(6, 8, dtype=dtype).requires_grad_()]
+    for chunk_size in (2, None):
+        loss = mmkern.linear_cross_entropy(*leaves, torch.arange(5), chunk_size=chunk_size)
+        grads = torch.autograd.grad(loss, leaves)
+        assert [g.dtype for g in grads] == [dtype, dtype]
+    monkeypatch.undo()
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    wide = torch.autograd.grad(F.cross_entropy(F.linear(*exact), torch.arange(5)), exact)
+    for a, e in zip(grads, wide, strict=True):
+        assert (a - e).norm() <= 1e-2 * e.norm()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "isas", "expected"),
+    [
+        (torch.bfloat16, ("baseline", "avx2"), torch.float32),
+        (torch.bfloat16, ("baseline", "avx2", "avx512"), torch.float32),
+        (torch.bfloat16, ("baseline", "avx2", "avx512", "avx512_bf16"), torch.bfloat16),
+        (torch.float16, ("baseline", "avx2", "avx512", "avx512_bf16"), torch.float32),
+        (torch.float32, ("baseline",), torch.float32),
+    ],
+)
+def test_the_processor_decides_the_dtype_of_the_matmuls(monkeypatch, dtype, isas, expected):
+    """torch's bfloat16 matmul is slow where the processor has no dot product for it."""
+    assert multiplied_in(monkeypatch, dtype, *isas) == {expected}
