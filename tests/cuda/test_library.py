@@ -59,6 +59,21 @@ def test_undefined_symbols_are_on_the_list() -> None:
     assert not any("cuda" in name and kind == "U" and name != "aoti_torch_device_type_cuda" for kind, name in kinds)
 
 
+@built
+def test_nothing_spills() -> None:
+    """Registers and stack of every kernel and architecture in the binary, as `mmkern.kernels.resources` prints them."""
+    pytest.importorskip("triton")
+    found = fresh("""
+from mmkern.kernels.resources import SHARED_LIMIT, measure_library
+for target in SHARED_LIMIT:
+    for usage in measure_library(target):
+        assert usage.spills == 0 and usage.shared <= SHARED_LIMIT[target] * 1024, usage
+        assert usage.registers <= 65536 // 1024 or "1024" not in usage.kernel, usage
+        print(usage.kernel)
+""")
+    assert {"softmax<float, 32, 8>", "softmax_bwd<bf16, 1024, 16>", "softmax_wide<f16>"} <= set(found.splitlines())
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
 def test_explain_says_why_not() -> None:
     choice = mmkern.explain(mmkern.softmax, torch.zeros(3), dim=0)[0]
