@@ -41,7 +41,7 @@ bench: build
 gpu: $(if $(VENV),$(STAMP))
 	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
 	@mkdir -p $(OUT)
-	$(if $(filter test,$(STAGE)),$(PY) -m pytest -q --junitxml=$(OUT)/tests.xml $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/test_triton_*.py)
+	$(if $(filter test,$(STAGE)),$(PY) -m pytest -q --junitxml=$(OUT)/tests.xml $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/test_triton_*.py tests/cuda/test_softmax.py)
 	$(if $(filter bench,$(STAGE)),$(PY) -m mmkern.cli bench --device cuda --output $(OUT))
 
 build: $(STAMP)

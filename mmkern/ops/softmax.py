@@ -77,14 +77,14 @@ _softmax_out = Op(
     "softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
     reference.softmax_out,
     lambda input, dim, out: None,
-    _KERNELS,
+    _WITH_CUDA,
     triton="softmax.softmax_out",
 )
 _log_softmax_out = Op(
     "log_softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
     reference.log_softmax_out,
     lambda input, dim, out: None,
-    _KERNELS,
+    _WITH_CUDA,
     triton="softmax.log_softmax_out",
 )
 

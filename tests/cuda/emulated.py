@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from ptx_runner import HERE, ROOT, built, made
 
-import mmkern  # noqa: F401  its schemas
+from mmkern.ops import dispatch  # and with it the schemas
 
 CSRC = ROOT / "csrc"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
@@ -53,7 +53,9 @@ def ptx(target: str, seed: int = 0) -> str:
 
 
 def levels() -> list[str]:
-    """How the kernels can be run here."""
+    """How the kernels can be run here: on a GPU, that alone."""
+    if torch.cuda.is_available():
+        return [] if dispatch._without_cuda() else ["cuda"]
     if not shutil.which("g++"):
         return []
     return ["g++", "sm_80", "sm_90a"] if shutil.which("nvcc") else ["g++"]
@@ -61,10 +63,13 @@ def levels() -> list[str]:
 
 @contextmanager
 def emulated(level: str, order: int = 0, seed: int = 0) -> Iterator[Any]:
-    """Have torch.ops.mmkern_cuda run at a level: "g++", or the PTX of "sm_80".
+    """Have torch.ops.mmkern_cuda run at a level: "g++", the PTX of "sm_80", or on a GPU as it is.
 
     order: seed of the order of threads. seed: of PTX, the error that is built into it.
     """
+    if level == "cuda":
+        yield None
+        return
     lib = library()
     text = "" if level == "g++" else ptx(level.removeprefix("sm_"), seed)
     lib.mmkern_emulate(text.encode(), order)
