@@ -54,6 +54,11 @@ struct Launch {
   bool eager = false;  // tile copies land at once, not as late as can be
   bool strict_proxies =
       false;  // want a proxy fence after cp.async, too: the letter of the PTX ISA, not the practice
+  // Lanes of a warp may store, with one instruction, floats that differ in their last bits to one
+  // place. Triton has lanes that hold copies of one sum; where a product is fused into the first
+  // addition, each lane rounds its own, and the hardware keeps that of an unspecified lane.
+  bool ties = false;
+  uint64_t tied = 0;
   uint64_t switches = 0, matrix_loads = 0, matrix_conflicts = 0, shared_conflicts = 0, products = 0;
   std::unordered_map<uintptr_t, GlobalWord> global;
 };
@@ -61,9 +66,10 @@ struct Launch {
 struct Shadow {     // what is known of 4 bytes of shared memory; of one, where threads share a word
   int writer = -1;  // who wrote it last, and when
   uint32_t written = 0;
-  bool generic = false;   // by an ordinary store or cp.async, not by a tile copy
-  int landing = -1;       // whose asynchronous copy will write it
-  bool was_read = false;  // since it was last written; then `reads` holds when, by thread
+  bool generic = false;             // by an ordinary store or cp.async, not by a tile copy
+  const std::string* at = nullptr;  // the instruction that did, where there are instructions
+  int landing = -1;                 // whose asynchronous copy will write it
+  bool was_read = false;            // since it was last written; then `reads` holds when, by thread
   std::vector<uint32_t> reads;
   std::unique_ptr<std::array<Shadow, 4>> bytes;
 };

@@ -58,6 +58,14 @@ inline void note_read(smem a, int bytes, const char* what) {
   });
 }
 
+// Whether a lane of the same warp wrote there with the same instruction, and may have.
+inline bool tied(const Shadow& s) {
+  Launch& launch = current()->launch;
+  if (!launch.ties || s.writer / 32 != self().id / 32 || !s.at || s.at != self().at) return false;
+  ++launch.tied;
+  return true;
+}
+
 // `data`: what will be written. Two threads may write equal bytes with no barrier between; Triton
 // does.
 inline void note_write(smem a, int bytes, const char* what, const void* data = nullptr) {
@@ -69,7 +77,8 @@ inline void note_write(smem a, int bytes, const char* what, const void* data = n
       fail(std::string(what) + " overwrites " + place(byte) + " while a copy of thread " +
            std::to_string(s.landing) + " is under way");
     if (s.writer >= 0 && s.writer != t.id && t.clock[s.writer] < s.written &&
-        !(data && std::memcmp(shared_at(byte), fresh, size) == 0))
+        !(data && std::memcmp(shared_at(byte), fresh, size) == 0) &&
+        !(data && size == 4 && tied(s)))
       fail(std::string(what) + " overwrites " + place(byte) + ", written by thread " +
            std::to_string(s.writer) + ", with no barrier between");
     if (s.was_read) {
@@ -83,6 +92,7 @@ inline void note_write(smem a, int bytes, const char* what, const void* data = n
     s.writer = t.id;
     s.written = t.clock[t.id];
     s.generic = true;
+    s.at = t.at;
   });
 }
 

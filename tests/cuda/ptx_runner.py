@@ -31,14 +31,14 @@ class RunOptions(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_int * 3),
         ("threads", ctypes.c_int * 3),
-        *[(name, ctypes.c_int) for name in ("dynamic_shared", "order", "eager", "strict_proxies")],
+        *[(name, ctypes.c_int) for name in ("dynamic_shared", "order", "eager", "strict_proxies", "ties")],
     ]
 
 
 class RunCounts(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in ("switches", "matrix_loads", "matrix_conflicts", "shared_conflicts", "products")
+        for name in ("switches", "matrix_loads", "matrix_conflicts", "shared_conflicts", "products", "tied")
     ]
 
 
@@ -97,8 +97,11 @@ def run(
     order: int = 0,
     eager: bool = False,
     strict_proxies: bool = False,
+    ties: bool = False,
 ) -> RunCounts:
     """Run one kernel. parameters: the bytes of each; tensors: what it may touch, all of their storages.
+
+    ties: lanes of a warp may store, with one instruction, floats that differ in their last bits to one place.
 
     Raises:
         EmulationError: what went wrong first.
@@ -107,7 +110,7 @@ def run(
     def three(given: Sequence[int]) -> Any:
         return (ctypes.c_int * 3)(*(*given, 1, 1)[:3])
 
-    options = RunOptions(three(grid), three(threads), dynamic_shared, order, eager, strict_proxies)
+    options = RunOptions(three(grid), three(threads), dynamic_shared, order, eager, strict_proxies, ties)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     kept = [aligned(p) for p in parameters]
     counts = RunCounts()
@@ -176,7 +179,7 @@ def run_triton(runs: Runs, kernel: Any, blocks: int, *args: Any, **options: Any)
     parameters += [bytes(8)] * 2  # scratch memory, of which these kernels have none
     counts = run(
         compiled.asm["ptx"], compiled.metadata.name, (blocks,), (compiled.metadata.num_warps * 32,), parameters,
-        tensors, dynamic_shared=compiled.metadata.shared, order=runs.order, eager=runs.eager,
+        tensors, dynamic_shared=compiled.metadata.shared, order=runs.order, eager=runs.eager, ties=True,
     )  # fmt: skip
     runs.kernels.append((compiled.metadata.name, counts))
 

@@ -5,10 +5,10 @@ extern "C" {
 
 struct RunOptions {
   int grid[3], threads[3];
-  int dynamic_shared, order, eager, strict_proxies;
+  int dynamic_shared, order, eager, strict_proxies, ties;
 };
 struct RunCounts {
-  uint64_t switches, matrix_loads, matrix_conflicts, shared_conflicts, products;
+  uint64_t switches, matrix_loads, matrix_conflicts, shared_conflicts, products, tied;
 };
 
 // Returns an error, or "" if all went well. `counts` may be null.
@@ -26,13 +26,14 @@ const char* mmkern_run_ptx(const char* module, const char* entry, const RunOptio
     launch.order = unsigned(options->order);
     launch.eager = options->eager;
     launch.strict_proxies = options->strict_proxies;
+    launch.ties = options->ties;
     for (int i = 0; i < buffer_count; ++i)
       launch.buffers.push_back({static_cast<const uint8_t*>(buffers[i]), sizes[i]});
     ptx::run(launch, program, {parameters, parameters + parameter_count}, options->threads,
              options->dynamic_shared);
     if (counts)
-      *counts = {launch.switches, launch.matrix_loads, launch.matrix_conflicts,
-                 launch.shared_conflicts, launch.products};
+      *counts = {launch.switches,         launch.matrix_loads, launch.matrix_conflicts,
+                 launch.shared_conflicts, launch.products,     launch.tied};
   } catch (const std::exception& e) {
     message = e.what();
   }

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from ptx_runner import EmulationError, check, run
+from ptx_runner import EmulationError, RunCounts, check, run
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the runner needs g++")
 HEAD = """
@@ -47,11 +47,13 @@ COPY = """
 """
 
 
-def launch(body: str, n: int = 64, threads: int = 64, order: int = 0, blocks: int = 1) -> tuple[torch.Tensor, object]:
+def launch(
+    body: str, n: int = 64, threads: int = 64, order: int = 0, blocks: int = 1, ties: bool = False
+) -> tuple[torch.Tensor, RunCounts]:  # fmt: skip
     out = torch.arange(n, dtype=torch.int32)
     parameters = [struct.pack("Q", out.data_ptr()), struct.pack("i", n)]
     counts = run(HEAD + body + " ret;\n}\n", "kernel", (blocks,), (threads,), parameters, [out], dynamic_shared=512,
-                 order=order)  # fmt: skip
+                 order=order, ties=ties)  # fmt: skip
     return out, counts
 
 
@@ -128,3 +130,14 @@ def test_bank_conflicts_are_counted() -> None:
     assert counts.shared_conflicts == 2 * 3
     _, counts = launch("ld.shared.b32 %r6, [%r4];")
     assert counts.shared_conflicts == 0
+
+
+def test_lanes_of_one_instruction_may_tie_only_where_that_is_said() -> None:
+    """A sum that each lane rounds its own way, stored to one place: which copy stays is not specified."""
+    body = "and.b32 %r5, %r1, 32; add.s32 %r5, %r5, %r3; st.shared.b32 [%r5], %r1;"
+    with pytest.raises(EmulationError, match="by thread 0, with no barrier between"):
+        launch(body)
+    _, counts = launch(body, ties=True)
+    assert counts.tied == 2 * 31
+    with pytest.raises(EmulationError, match="by thread 31, with no barrier between"):  # of two warps
+        launch("st.shared.b32 [%r3], %r1;", ties=True)
