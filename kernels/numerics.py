@@ -42,7 +42,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def add(total, rest, x):
-    """total + x, and what to take off the next x for the rounding so far (Kahan): sums of any number of parts."""
+    """total + x, and what to take off the next x for the rounding of all so far (Kahan): sums of any length."""
     x = x - rest
     found = total + x
     return found, tl.where(tl.abs(found) < float("inf"), (found - total) - x, 0.0)

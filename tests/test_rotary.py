@@ -167,7 +167,7 @@ ERRORS = [
     (lambda: mmkern.rotary(Q, Q.half()), TypeError, "k: .*float32.*float16"),
     (lambda: mmkern.rotary(Q, Q[:, :, :5]), ValueError, r"k: .*\(2, 4, 5, 8\).*\(2, 4, 6, 8\)"),
     (lambda: mmkern.rotary(Q, Q[:1]), ValueError, r"k: .*\(1, 4, 6, 8\).*\(2, 4, 6, 8\)"),
-    (lambda: mmkern.rotary(Q, None, P.int()), TypeError, "positions: .*int32"),
+    (lambda: mmkern.rotary(Q, None, P.short()), TypeError, "positions: .*int16"),
     (lambda: mmkern.rotary(Q, None, P[:5]), ValueError, r"positions: .*\(5,\).*\(2, 4, 6, 8\)"),
     (lambda: mmkern.rotary(Q, None, P.expand(3, 6)), ValueError, r"positions: .*\(3, 6\)"),
     (lambda: mmkern.rotary(Q[0], Q[0, :2], P.expand(4, 6)), ValueError, r"k: .*\(2, 6, 8\).*\(4, 6, 8\)"),

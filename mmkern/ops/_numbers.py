@@ -48,7 +48,7 @@ def integer(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})") from None
 
 
 def _check_scalar(name: str, value: Tensor) -> None:
