@@ -33,7 +33,7 @@ BIN   := $(if $(VENV),$(VENV)/bin/)
 OFFLINE := mmkern: pip could not install the build tools: is there a network? Without one, name a folder of wheels in \
 	PIP_FIND_LINKS and set PIP_NO_INDEX=1
 STAMP := $(or $(VENV),build)/installed
-CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp tests/arm/*.cpp)
+CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu csrc/cuda/tile/*.h tests/*.cpp tests/*/*.cpp tests/*/*.h)
 
 .PHONY: help test architectures bench headline instructions gpu build lint format asan tsan clean wheel matrix \
 	release-check test-arm
@@ -61,7 +61,7 @@ headline: build
 gpu: $(if $(VENV),$(STAMP))
 	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
 	@mkdir -p $(OUT)
-	$(if $(filter test,$(STAGE)),$(PY) -m pytest -q --junitxml=$(OUT)/tests.xml $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/test_triton_*.py)
+	$(if $(filter test,$(STAGE)),$(PY) -m pytest -q --junitxml=$(OUT)/tests.xml $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/test_triton_*.py tests/cuda/test_softmax.py)
 	$(if $(filter bench,$(STAGE)),$(PY) -m mmkern.cli bench --device cuda --output $(OUT))
 
 build: $(STAMP)

@@ -1,19 +1,23 @@
 """What each kernel takes of a GPU, read from its binary: `python -m mmkern.kernels.resources`. Needs no GPU.
 
-Every launcher is called on tensors without memory; what it would launch is compiled for each target, and registers,
-spills, shared memory and matrix instructions are read with the tools that Triton's wheel brings.
+Every Triton launcher is called on tensors without memory; what it would launch is compiled for each target, and
+registers, spills, shared memory and matrix instructions are read with the tools that Triton's wheel brings. Of the CUDA
+C++ kernels, all that mmkern._C_cuda holds for a target are read; "C++" names these alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -176,38 +180,68 @@ def measure(target: int, names: Sequence[str] = ()) -> Iterator[Usage]:
             yield usage(title, function.__name__.strip("_").removesuffix("_kernel"), target, compiled)
 
 
+def cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def read(call: str, kernel: str, target: int, resources: str, sass: str, shared: int) -> Usage:
+    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    assert found, "cuobjdump: no resource usage in the binary"
+    instructions = re.findall(rf"\b({'|'.join(MATRIX)})\b", sass)
+    spills = int(found[2]) if re.search(r"\bSTL\b", sass) else 0  # a frame that nothing is stored to is none
+    counts = {name: instructions.count(name) for name in MATRIX if name in instructions}
+    return Usage(call, kernel, target, int(found[1]), spills, shared, counts)
+
+
 def usage(call: str, kernel: str, target: int, compiled: Any) -> Usage:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
+        resources, sass = cuobjdump("--dump-resource-usage", file.name), cuobjdump("-sass", file.name)
+    return read(call, kernel, target, resources, sass, compiled.metadata.shared)
 
-        def cuobjdump(what: str) -> str:
-            command = [str(tools / "cuobjdump"), what, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        resources = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("--dump-resource-usage"))
-        assert resources, "cuobjdump: no resource usage in the binary"
-        sass = cuobjdump("-sass")
-        instructions = re.findall(rf"\b({'|'.join(MATRIX)})\b", sass)
-        spills = int(resources[2]) if re.search(r"\bSTL\b", sass) else 0  # a frame that nothing is stored to is none
-    counts = {name: instructions.count(name) for name in MATRIX if name in instructions}
-    return Usage(call, kernel, target, int(resources[1]), spills, compiled.metadata.shared, counts)
+def measure_library(target: int, names: Sequence[str] = ()) -> Iterator[Usage]:
+    """The kernels of mmkern._C_cuda that are built for a capability; shared memory is what each declares."""
+    spec = find_spec("mmkern")
+    folder = Path(str(spec.origin)).parent if spec else Path()
+    path = next(iter(sorted(folder.glob("_C_cuda*.so"))), None)
+    if path is None or (names and "C++" not in names):
+        return
+
+    def of_target(what: str) -> str:
+        parts = cuobjdump(what, str(path)).split("Fatbin elf code")
+        return "".join(part for part in parts if re.search(rf"^arch = sm_{target}a?$", part, re.M))
+
+    sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", of_target("-sass"), re.S))
+    for mangled, resources in re.findall(r"Function (\S+):\s*\n(.*)", of_target("--dump-resource-usage")):
+        shared = re.search(r"SHARED:(\d+)", resources)
+        yield read("C++", demangled(mangled), target, resources, sass[mangled], int(shared[1]) if shared else 0)
+
+
+def demangled(name: str) -> str:
+    """softmax<bf16, 128, 32>, where c++filt is."""
+    if not (tool := shutil.which("c++filt")):
+        return name
+    text = subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"mmkern::(\w+?)(?:_kernel)?(<.*?>)?\(", text)
+    return found[1] + (found[2] or "").replace("mmkern::", "") if found else text.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mmkern.kernels.resources", description=__doc__.split("\n")[0])
-    parser.add_argument("calls", nargs="*", help="parts of names of calls, such as 'forward bf16 128' [all]")
+    parser.add_argument("calls", nargs="*", help="parts of names of calls, such as 'forward bf16 128'; C++ [all]")
     parser.add_argument("--target", nargs="*", type=int, default=list(TARGETS), help="capabilities: 90 for sm_90")
     options = parser.parse_args()
     if INTERPRETED:
         sys.exit("resources: Triton is interpreting; unset TRITON_INTERPRET to compile")
     header = ("call", "kernel", "target", "registers", "spills B", "shared KiB", "matrix instructions")
-    print("{:<40} {:<16} {:<7} {:>9} {:>9} {:>10}  {}".format(*header))
+    print("{:<40} {:<28} {:<7} {:>9} {:>9} {:>10}  {}".format(*header))
     bad = 0
     for target in options.target:
-        for found in measure(target, options.calls):
-            print("{:<40} {:<16} {:<7} {:>9} {:>9} {:>10}  {}".format(*found.row), flush=True)
+        for found in chain(measure(target, options.calls), measure_library(target, options.calls)):
+            print("{:<40} {:<28} {:<7} {:>9} {:>9} {:>10}  {}".format(*found.row), flush=True)
             bad += found.spills > 0 or found.shared > SHARED_LIMIT[target] * 1024
     if bad:
         sys.exit(f"resources: {bad} kernels spill or take more shared memory than there is")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mmkern.ops._flops import enter_flop_formulas
 BACKENDS = ("cpu", "cuda", "triton", "reference")  # in the order they are tried
 _DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 _library = torch.library.Library("mmkern", "DEF")
+_cuda_library = torch.library.Library("mmkern_cuda", "DEF")  # the same schemas; kernels of mmkern._C_cuda
 Refusal = Callable[..., str | None]
 Backward = Callable[[Sequence[Tensor | None], Values, Values, Sequence[bool]], Sequence[Tensor | None]]
 Save = Callable[[Values, Values, Sequence[bool]], tuple[Values, Values]]
@@ -138,6 +140,11 @@ class Op:
         if triton:
             _library.impl(self.name, self._on_cuda, "CUDA")
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
+        self._cuda: Callable[..., Any] | None = None
+        if "cuda" in kernels:
+            _cuda_library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+            torch.library.register_fake(f"mmkern_cuda::{self.name}", fake, lib=_cuda_library)
+            self._cuda = getattr(torch.ops.mmkern_cuda, self.name).default
         self.called = getattr(torch.ops.mmkern, called).default
         # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
         arguments = self._dispatch._schema.arguments
@@ -193,6 +200,8 @@ class Op:
 
     def direct(self, *args: Any) -> Any:
         """The kernel of the tensors' device, all of its outputs, no autograd: for ops made of others."""
+        if self._cuda is not None and _state.forced == "cuda":
+            return self._cuda(*args)
         return self._launch(*args) if _state.interpreting else self._dispatch(*args)
 
     def _on_cuda(self, *args: Any) -> Any:
@@ -230,6 +239,8 @@ class Op:
             return self._dispatch  # there are no values: the shapes, which the fake tells
         if ran == "reference":
             return self.reference
+        if ran == "cuda" and self._cuda is not None:
+            return self._cuda
         return self._launch if _state.interpreting else self._dispatch
 
     def _spread(self, args: Values) -> None:
@@ -250,6 +261,10 @@ class Op:
             return not_built
         if name == "triton" and (reason := _without_triton()):
             return reason
+        if name == "cuda" and (reason := _without_cuda()):
+            return reason
+        if name == "cuda" and _state.forced != "cuda":  # so Triton runs by default: what has numbers goes first
+            return "not yet measured on this GPU; backend('cuda') forces it"
         if _transformed():
             return "inside forward-mode AD or a torch.func transform"
         return self.kernels[name](*args)
@@ -270,6 +285,23 @@ def _without_triton() -> str | None:
         return f"needs Triton >= 3.6, found {version}"
     if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (7, 5):
         return "needs compute capability 7.5 or higher"
+    return None
+
+
+@cache
+def _without_cuda() -> str | None:
+    """Why the CUDA C++ kernels cannot run in this process, if they cannot; loads them where they can."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    built = sorted(Path(__file__).parents[1].glob("_C_cuda*.so"))
+    if not built:
+        return "mmkern._C_cuda was not built: it needs nvcc >= 12.8"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0 or higher"
+    try:
+        torch.ops.load_library(str(built[0]))
+    except OSError as error:
+        return f"mmkern._C_cuda could not be loaded: {error}"
     return None
 
 

@@ -24,6 +24,7 @@ def _refuse(input: Tensor, *_: object) -> str | None:
 
 
 _KERNELS: dict[str, Refusal] = {"cpu": _refuse, "triton": _refuse}
+_WITH_CUDA: dict[str, Refusal] = {**_KERNELS, "cuda": _refuse}
 
 
 def _fake(input: Tensor, *_: object) -> Tensor:
@@ -38,14 +39,14 @@ _softmax_backward = Op(
     "softmax_bwd(Tensor grad, Tensor output, int dim) -> Tensor",
     reference.softmax_backward,
     _fake_backward,
-    _KERNELS,
+    _WITH_CUDA,
     triton="softmax.softmax_bwd",
 )
 _log_softmax_backward = Op(
     "log_softmax_bwd(Tensor grad, Tensor output, int dim) -> Tensor",
     reference.log_softmax_backward,
     _fake_backward,
-    _KERNELS,
+    _WITH_CUDA,
     triton="softmax.log_softmax_bwd",
 )
 
@@ -58,7 +59,7 @@ _softmax = Op(
     "softmax_fwd(Tensor input, int dim) -> Tensor",
     reference.softmax,
     _fake,
-    _KERNELS,
+    _WITH_CUDA,
     triton="softmax.softmax_fwd",
     backward=lambda grads, args, outputs, wanted: [_softmax_backward(grads[0], outputs[0], args[1]), None],
     save=_save_output,
@@ -67,7 +68,7 @@ _log_softmax = Op(
     "log_softmax_fwd(Tensor input, int dim) -> Tensor",
     reference.log_softmax,
     _fake,
-    _KERNELS,
+    _WITH_CUDA,
     triton="softmax.log_softmax_fwd",
     backward=lambda grads, args, outputs, wanted: [_log_softmax_backward(grads[0], outputs[0], args[1]), None],
     save=_save_output,
@@ -76,14 +77,14 @@ _softmax_out = Op(
     "softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
     reference.softmax_out,
     lambda input, dim, out: None,
-    _KERNELS,
+    _WITH_CUDA,
     triton="softmax.softmax_out",
 )
 _log_softmax_out = Op(
     "log_softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
     reference.log_softmax_out,
     lambda input, dim, out: None,
-    _KERNELS,
+    _WITH_CUDA,
     triton="softmax.log_softmax_out",
 )
 
