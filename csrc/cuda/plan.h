@@ -28,20 +28,19 @@ struct RowPlan {
   int shared;  // bytes
 };
 
-// The narrowest instance that holds a row of `width` whole. Tables are in rising order; below 128
-// threads a row, a block has several. At 1024 threads a thread has 64 registers: 16 elements and
-// their addresses.
+// The narrowest instance that holds a row of `width` whole, in rising order; below 128 threads a
+// row, a block has several. 16 elements of two operands and their addresses are what the 64
+// registers of a thread of a full block hold; 32 of one spill on sm_100.
 struct RowInstance {
   int threads, per;
 };
-
-constexpr std::array<RowInstance, 4> kOneOperand = {{{32, 8}, {32, 32}, {128, 32}, {1024, 16}}};
-constexpr std::array<RowInstance, 4> kTwoOperands = {{{32, 8}, {32, 16}, {128, 16}, {1024, 16}}};
+constexpr std::array<RowInstance, 5> kInstances = {
+    {{32, 8}, {32, 16}, {128, 16}, {512, 16}, {1024, 16}}};
 constexpr int kStreaming = 1024;  // threads of a row that does not stay
 
-inline RowPlan plan_rows(int64_t rows, int64_t width, const std::array<RowInstance, 4>& table) {
+inline RowPlan plan_rows(int64_t rows, int64_t width) {
   RowPlan plan{kStreaming, 0, kStreaming, 0, 0};
-  for (const RowInstance& row : table) {
+  for (const RowInstance& row : kInstances) {
     if (width > int64_t(row.threads) * row.per) continue;
     plan.threads = row.threads, plan.per = row.per, plan.block = std::max(row.threads, 128);
     break;

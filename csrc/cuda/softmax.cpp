@@ -15,7 +15,7 @@ void forward(const char* op, Tensor x, int64_t dim, Tensor out, bool log) {
   const int64_t width = a.shape.width;
   a.aligned =
       aligned_rows(a.x, width, size_of(dtype)) && aligned_rows(a.out, width, size_of(dtype));
-  const RowPlan plan = plan_rows(a.shape.rows, width, kOneOperand);
+  const RowPlan plan = plan_rows(a.shape.rows, width);
   const Stream stream(x);
   check_launch(launch_softmax(a, dtype, plan, stream.get()), op, plan);
 }
@@ -32,7 +32,7 @@ Tensor backward(const char* op, Tensor grad, Tensor output, int64_t dim, bool lo
   a.aligned = true;
   for (const RowOperand* o : {&a.x, &a.y, &a.out})
     a.aligned = a.aligned && aligned_rows(*o, a.shape.width, size_of(dtype));
-  const RowPlan plan = plan_rows(a.shape.rows, a.shape.width, kTwoOperands);
+  const RowPlan plan = plan_rows(a.shape.rows, a.shape.width);
   const Stream stream(output);
   check_launch(launch_softmax_bwd(a, dtype, plan, stream.get()), op, plan);
   return out;

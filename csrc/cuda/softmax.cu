@@ -165,9 +165,11 @@ const char* forward(const SoftmaxArgs& a, const RowPlan& p, void* stream) {
   if (p.per == 0) return LAUNCH(softmax_wide_kernel<T>, p.grid, p.block, p.shared, stream, a);
   if (p.per == 8) return LAUNCH((softmax_kernel<T, 32, 8>), p.grid, p.block, p.shared, stream, a);
   if (p.threads == 32)
-    return LAUNCH((softmax_kernel<T, 32, 32>), p.grid, p.block, p.shared, stream, a);
+    return LAUNCH((softmax_kernel<T, 32, 16>), p.grid, p.block, p.shared, stream, a);
   if (p.threads == 128)
-    return LAUNCH((softmax_kernel<T, 128, 32>), p.grid, p.block, p.shared, stream, a);
+    return LAUNCH((softmax_kernel<T, 128, 16>), p.grid, p.block, p.shared, stream, a);
+  if (p.threads == 512)
+    return LAUNCH((softmax_kernel<T, 512, 16>), p.grid, p.block, p.shared, stream, a);
   return LAUNCH((softmax_kernel<T, 1024, 16>), p.grid, p.block, p.shared, stream, a);
 }
 template <class T>
@@ -179,6 +181,8 @@ const char* backward(const SoftmaxArgs& a, const RowPlan& p, void* stream) {
     return LAUNCH((softmax_bwd_kernel<T, 32, 16>), p.grid, p.block, p.shared, stream, a);
   if (p.threads == 128)
     return LAUNCH((softmax_bwd_kernel<T, 128, 16>), p.grid, p.block, p.shared, stream, a);
+  if (p.threads == 512)
+    return LAUNCH((softmax_bwd_kernel<T, 512, 16>), p.grid, p.block, p.shared, stream, a);
   return LAUNCH((softmax_bwd_kernel<T, 1024, 16>), p.grid, p.block, p.shared, stream, a);
 }
 

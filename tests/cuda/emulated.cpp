@@ -64,9 +64,8 @@ void mmkern_emulate(const char* ptx, unsigned order) {
 void mmkern_most_blocks(int blocks) { emulator::most_blocks = blocks; }
 uint64_t mmkern_launches() { return emulator::launches; }
 // threads, per, block, grid, shared of a row kernel's launch.
-void mmkern_plan_rows(int64_t rows, int64_t width, int operands, int64_t* found) {
-  const auto plan =
-      mmkern::plan_rows(rows, width, operands == 1 ? mmkern::kOneOperand : mmkern::kTwoOperands);
+void mmkern_plan_rows(int64_t rows, int64_t width, int64_t* found) {
+  const auto plan = mmkern::plan_rows(rows, width);
   const int64_t all[] = {plan.threads, plan.per, plan.block, plan.grid, plan.shared};
   std::copy(all, all + 5, found);
 }

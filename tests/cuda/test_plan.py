@@ -12,16 +12,15 @@ pytestmark = pytest.mark.skipif("g++" not in levels(), reason="needs g++")
 MOST_BLOCKS = 2**31 - 1
 
 
-def plan(rows: int, width: int, operands: int = 1) -> list[int]:
+def plan(rows: int, width: int) -> list[int]:
     found = (ctypes.c_int64 * 5)()
-    library().mmkern_plan_rows(ctypes.c_int64(rows), ctypes.c_int64(width), operands, found)
+    library().mmkern_plan_rows(ctypes.c_int64(rows), ctypes.c_int64(width), found)
     return list(found)
 
 
-@pytest.mark.parametrize("operands", [1, 2])
 @pytest.mark.parametrize("width", [1, 255, 256, 257, 512, 1024, 1025, 2048, 4096, 4097, 16384, 16385, 2**40])
-def test_a_row_fits_its_instance(width: int, operands: int) -> None:
-    threads, per, block, grid, shared = plan(1001, width, operands)
+def test_a_row_fits_its_instance(width: int) -> None:
+    threads, per, block, grid, shared = plan(1001, width)
     assert per == 0 or threads * per >= width
     assert (per == 0) == (width > 16384)
     assert 128 <= block <= 1024
