@@ -234,6 +234,8 @@ def linear_cross_entropy(
     if (cast := autocast_dtype(hidden)) is not None and dtype != torch.float64:
         dtype = torch.float32
         hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
+    if bias is not None and reduction == "none" and torch.is_grad_enabled():
+        bias = bias.clone()  # backward reads it, where torch's formula does not: the caller may write into his own
     loss = _linear_cross_entropy(
         hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None],
         weight,
