@@ -82,8 +82,9 @@ def _gradients(
 
 
 def _loss(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    logits = _logits(hidden, weight, target, bias, options[1])[1]
-    return cross_entropy(logits, target, *options, True, 0)[0]
+    class_weight, ignore_index, reduction, label_smoothing = options
+    logits = _logits(hidden, weight, target, bias, ignore_index)[1]
+    return cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing, True, 0)[0]
 
 
 def _logits(
