@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import mmkern
 from mmkern import reference, testing
+from mmkern.testing import randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 37, 50), (3, 2, 9, 7), (4, 9, 1), (1, 1, 2), (70, 96), (2, 3, 2, 5, 18), (5, 0, 8), (0, 3, 8), (2, 3, 0)]
@@ -205,3 +206,33 @@ ERRORS = [
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "table_dtype"), [(HALF, FULL), (FULL, HALF), (HALF, torch.float16)])
+def test_a_table_of_another_dtype_under_autocast_is_added_as_torch_adds_it(dtype, table_dtype):
+    """Type promotion: torch's autocast leaves additions and lookups as they are."""
+    tokens = torch.tensor([[3, 1], [0, 4]])
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours in (True, False):
+            x, table = randn(2, 2, 6, seed=1).to(dtype), randn(4, 6, seed=2).to(table_dtype)
+            weight = randn(5, 6, seed=3).to(dtype)
+            leaves = [t.requires_grad_() for t in (x, table, weight)]
+            if ours:
+                placed = mmkern.add_positional_encoding(x, table, offset=1)
+                embedded = mmkern.embed_tokens(tokens, weight, table, scale=2.0, padding_idx=3)
+            else:
+                placed = x + table[1:3]
+                embedded = torch.nn.functional.embedding(tokens, weight, padding_idx=3) * 2.0 + table[:2]
+            assert placed.dtype == embedded.dtype == FULL
+            grads = torch.autograd.grad([placed, embedded], leaves, [randn(2, 2, 6, seed=4), randn(2, 2, 6, seed=5)])
+            found = [placed, embedded, *grads]
+            if ours:
+                expected = found
+            assert [g.dtype for g in grads] == [t.dtype for t in leaves]
+        for f, e in zip(expected, found, strict=True):
+            torch.testing.assert_close(f, e)
+    with pytest.raises(TypeError, match="encoding: the table has"):
+        mmkern.add_positional_encoding(x, table)

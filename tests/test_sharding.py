@@ -1,5 +1,8 @@
 """DTensors: each part computes what the op gives of it alone, forward and backward, and nothing is gathered unasked."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -83,3 +86,40 @@ def test_what_would_have_to_be_gathered_is_refused_by_name(mesh):
     q = spread(randn(2, 4, 6, 8), 2)
     with pytest.raises(RuntimeError, match=r"(query|key|value): a DTensor split over dim 2"):
         mmkern.scaled_dot_product_attention(q, q, q)
+
+
+def two_processes(rank: int, store: str) -> None:
+    """One of two: softmax and attention of its half of the batch, forward and backward, against the whole."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+
+    def loss(x, q, k, v):
+        weights = mmkern.softmax(x * 2, 1)
+        return weights.square().sum() + mmkern.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
+
+    whole = [randn(4, 6, seed=1), *(randn(4, 2, 5, 8, seed=i) for i in (2, 3, 4))]
+    expected = torch.autograd.grad(loss(*(leaves := [t.clone().requires_grad_() for t in whole])), leaves)
+    for run in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss):  # compiled before any eager call
+        spread = [distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in whole]
+        out = run(*spread)
+        torch.testing.assert_close(out.full_tensor(), loss(*whole))
+        for found, right in zip(torch.autograd.grad(out, spread), expected, strict=True):
+            torch.testing.assert_close(found.to_local(), right.chunk(2)[rank])
+            torch.testing.assert_close(found.full_tensor(), right)
+    dist.destroy_process_group()
+
+
+def test_two_real_processes_compiled_and_eager(tmp_path):
+    command = [sys.executable, __file__, str(tmp_path / "store")]
+    started = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+
+
+if __name__ == "__main__":
+    two_processes(int(sys.argv[2]), sys.argv[1])

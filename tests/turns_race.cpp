@@ -3,10 +3,11 @@
 // turn, as attention backward adds the parts of grad_q (attention_backward.isa.cpp add_rows).
 //
 // With the argument "race" a turn is looked at without its memory order: ThreadSanitizer must see
-// that, or it would see nothing at all.
+// that, or it would see nothing at all. With "poor" one thread finds no memory: the others do all.
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -40,19 +41,30 @@ int main(int count, char** arguments) {
   for (int repeat = 0; repeat < 20; ++repeat) {
     Sums sums;
     sums.race = count > 1 && !std::strcmp(arguments[1], "race");
+    const bool poor = count > 1 && !std::strcmp(arguments[1], "poor");
     mmkern::TaskLoop loop(kUnits * kBlocks);
     // Blocks of a unit are far apart, as key blocks are: several threads are in each unit.
     std::atomic<int> here{0};
+    std::atomic<int> failed{0};
     const auto work = [&] {
-      for (++here; here < 4;) std::this_thread::yield();  // else the first has done all
-      loop.run([&](int64_t task) {
-        sums.add(task % kUnits, task / kUnits);
-        if (task % 16 == 0) std::this_thread::yield();  // on few cores, too, threads alternate
-      });
+      const int place = here++;
+      while (here < 4) std::this_thread::yield();  // else the first has done all
+      const auto reserve = [&] {
+        if (poor && place == 1) throw std::bad_alloc();
+      };
+      try {
+        loop.run(reserve, [&](int64_t task) {
+          sums.add(task % kUnits, task / kUnits);
+          if (task % 16 == 0) std::this_thread::yield();  // on few cores, too, threads alternate
+        });
+      } catch (const std::bad_alloc&) {
+        ++failed;
+      }
     };
     std::vector<std::thread> threads;
     for (int i = 0; i < 4; ++i) threads.emplace_back(work);
     for (std::thread& thread : threads) thread.join();
+    if (failed != (poor ? 1 : 0)) return std::puts("no thread failed, or too many"), 1;
     for (int64_t unit = 0; unit < kUnits; ++unit) {
       for (int64_t d = 0; d < kWidth; ++d) {
         float want = 0.0f;

@@ -60,7 +60,7 @@ class AttentionBackward : ScoreGradients<Dot> {
     } else {
       parallel_tasks(finds, find);
       parallel_tasks(chunks, prepare);
-      parallel_tasks(tasks, work);
+      parallel_tasks(tasks, work, take(nullptr).bytes);
     }
   }
 

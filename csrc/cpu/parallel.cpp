@@ -30,15 +30,19 @@ int64_t num_threads() {
   return forked.load(std::memory_order_relaxed) ? 1 : torch::stable::get_num_threads();
 }
 
-void run_tasks(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
+void run_tasks(int64_t tasks, void (*fn)(void*, int64_t), void* context, size_t scratch) {
   const int64_t threads = std::min(num_threads(), tasks);
   if (threads <= 1) {
     for (int64_t task = 0; task < tasks; ++task) fn(context, task);
     return;
   }
   TaskLoop loop(tasks);
-  torch::stable::parallel_for(
-      0, threads, 1, [&](int64_t, int64_t) { loop.run([&](int64_t task) { fn(context, task); }); });
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const auto reserve = [&] {
+      if (scratch) thread_scratch(scratch);
+    };
+    loop.run(reserve, [&](int64_t task) { fn(context, task); });
+  });
 }
 
 void await_turn(const int32_t* turn, int32_t value) { await(turn, value); }
@@ -48,10 +52,10 @@ void pass_turn(int32_t* turn, int32_t next) { pass(turn, next); }
 void* thread_scratch(size_t bytes) {
   thread_local std::unique_ptr<void, Free> memory;
   thread_local size_t size = 0;
-  if (bytes > size || size > kKeptScratch) {
+  const size_t rounded = (bytes + 4095) & ~size_t{4095};
+  if (bytes > size || (size > kKeptScratch && rounded != size)) {
     memory.reset();
     size = 0;
-    const size_t rounded = (bytes + 4095) & ~size_t{4095};
     memory.reset(std::aligned_alloc(64, rounded));
     if (!memory) throw std::bad_alloc();
     size = rounded;

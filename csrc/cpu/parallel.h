@@ -14,8 +14,10 @@ int64_t num_threads();
 
 // Calls fn(context, task) for task in [0, tasks), each once, on torch's threads. Tasks are handed
 // out in order to whichever thread is free, so put long ones first. The result must not depend on
-// who ran what.
-void run_tasks(int64_t tasks, void (*fn)(void* context, int64_t task), void* context);
+// who ran what. Each thread reserves `scratch` bytes first: a task that others wait for asks
+// thread_scratch for just as many, which cannot fail then.
+void run_tasks(int64_t tasks, void (*fn)(void* context, int64_t task), void* context,
+               size_t scratch);
 
 // Returns once *turn is `value`, and with it all that was written before pass_turn set it. Only for
 // turns that an earlier task of the same run_tasks passes on: tasks start in order, so that one
@@ -29,10 +31,10 @@ void* thread_scratch(size_t bytes);
 
 namespace {
 template <class F>
-inline void parallel_tasks(int64_t tasks, const F& f) {
+inline void parallel_tasks(int64_t tasks, const F& f, size_t scratch = 0) {
   run_tasks(
       tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
-      const_cast<F*>(&f));
+      const_cast<F*>(&f), scratch);
 }
 }  // namespace
 

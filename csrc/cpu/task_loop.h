@@ -10,15 +10,18 @@
 
 namespace mmkern {
 
-// Hands out tasks [0, tasks) in order to each thread that runs it.
+// Hands out tasks [0, tasks) in order to each thread that runs it, after that thread has reserved
+// the memory of a task. One that cannot throws before it has taken any, and the others do all:
+// within a task it would leave those that wait for its turn waiting for ever.
 class TaskLoop {
   std::atomic<int64_t> next_{0};
   const int64_t tasks_;
 
  public:
   explicit TaskLoop(int64_t tasks) : tasks_(tasks) {}
-  template <class F>
-  void run(const F& f) {
+  template <class R, class F>
+  void run(const R& reserve, const F& f) {
+    reserve();
     for (int64_t task = next_++; task < tasks_; task = next_++) f(task);
   }
 };

@@ -54,9 +54,10 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool])
     if ctx.lost and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         names = ", ".join(op.names[i] for i in ctx.lost)
         raise RuntimeError(f"{names}: made in inference mode, so not saved for second derivatives")
-    if ctx.late and not torch.is_grad_enabled():
+    # Only by this name can they be had one by one. A torch without it reads all: one that was written into raises.
+    raw = getattr(ctx, "_raw_saved_tensors", None) if ctx.late and not torch.is_grad_enabled() else None
+    if raw is not None:
         # Unpacking one that was written into since would raise, as it should where it is read.
-        raw = ctx._raw_saved_tensors
         skipped = [i in ctx.late for i in ctx.where] + [False] * sum(ctx.outputs)
         saved = iter([None if skip else t.unpack() for t, skip in zip(raw, skipped, strict=True)])
     else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import inf
 
 import torch
@@ -23,18 +21,14 @@ _RUN = 32  # chunks whose gradients of weight are added in float32, before their
 _PROCESS = os.getpid()
 
 
-@contextmanager
-def own_threads() -> Iterator[None]:
-    """One thread in a forked child: torch's thread team stayed behind, and its matmul would wait for it forever."""
-    threads = torch.get_num_threads()
-    if os.getpid() == _PROCESS or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def leave_threads() -> None:
+    """In a forked child, one thread from here on: torch's thread team stayed behind with the parent.
+
+    Its matmul would wait for the team forever, and so would what autograd does around this op in backward: casts,
+    sums and scaling of more than 32,768 elements. So the setting is not taken back.
+    """
+    if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 def widened(dtype: torch.dtype) -> bool:

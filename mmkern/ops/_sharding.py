@@ -1,6 +1,6 @@
 """How DTensor may split the ops: over batch entries, heads and rows, which know nothing of one another.
 
-Registered when the first DTensor is seen, so that torch.distributed is not imported before its user does.
+Registered when DTensor asks for the first shape, so that torch.distributed is not imported before its user does.
 """
 
 from __future__ import annotations

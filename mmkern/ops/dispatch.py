@@ -133,7 +133,7 @@ class Op:
         _library.impl(called, self._run, "CompositeExplicitAutograd")
         _library.impl(called, self._run_differentiable, "Autograd", with_keyset=True)
         for overload in (self.name, called):
-            torch.library.register_fake(f"mmkern::{overload}", fake, lib=_library)
+            torch.library.register_fake(f"mmkern::{overload}", _known_to_dtensor(fake), lib=_library)
         for key in (*_LAYOUT_KEYS, "MkldnnCPU", "AutogradNestedTensor"):
             _library.impl(self.name, self._check_layouts, key)
         self.triton = triton
@@ -169,7 +169,9 @@ class Op:
         ):
             # Every call of a default CPU process passes here; what _choose would do, in a third of the time.
             kernel = self._dispatch if self._cpu_refuses(*args) is None else self.reference
-        elif _recorded():
+        elif _recorded() or (torch.compiler.is_compiling() and self._is_spread(args)):
+            # Dynamo would make the gradient of an output that nobody used of plain zeros, which DTensor does not take.
+            self._check_spread(args)
             return self.called(*args)[0] if self.hidden is not None else self.called(*args)
         else:
             kernel = self._choose(args)
@@ -219,8 +221,7 @@ class Op:
     def _choose(self, args: Values) -> Callable[..., Any]:
         if _python_dispatch._is_in_torch_dispatch_mode and not torch.compiler.is_compiling():
             enter_flop_formulas()
-        if not torch.compiler.is_compiling():
-            self._spread(args)
+        self._check_spread(args)
         devices = {args[i].device.type for i in self._tensors if args[i] is not None}
         reasons: dict[str, str] = {}
         for name in BACKENDS[:-1]:
@@ -243,13 +244,13 @@ class Op:
             return self._cuda
         return self._launch if _state.interpreting else self._dispatch
 
-    def _spread(self, args: Values) -> None:
-        """Let DTensor know how to split this op, if there is one among the arguments."""
+    def _is_spread(self, args: Values) -> bool:
         distributed = sys.modules.get("torch.distributed.tensor")
-        if distributed is None or not any(isinstance(args[i], distributed.DTensor) for i in self._tensors):
-            return
-        import_module("mmkern.ops._sharding").register()
-        if "dropout_seed" in self.names and args[self.names.index("dropout_seed")] is not None:
+        return distributed is not None and any(isinstance(args[i], distributed.DTensor) for i in self._tensors)
+
+    def _check_spread(self, args: Values) -> None:
+        drops = "dropout_seed" in self.names and args[self.names.index("dropout_seed")] is not None
+        if drops and self._is_spread(args):
             raise ValueError("dropout_p: not with a DTensor, of which each part would drop the same elements")
 
     def _refusal(self, name: str, devices: set[str], args: Sequence[Any]) -> str | None:
@@ -268,6 +269,21 @@ class Op:
         if _transformed():
             return "inside forward-mode AD or a torch.func transform"
         return self.kernels[name](*args)
+
+
+def _known_to_dtensor(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which also tells DTensor how to split the ops, where there is DTensor.
+
+    It asks for the output's shape before it looks for a rule, in eager calls and while torch.compile traces. So the
+    first call finds the rules, and torch.distributed is not imported before its user does.
+    """
+
+    def told(*args: Any) -> Any:
+        if "torch.distributed.tensor" in sys.modules:
+            import_module("mmkern.ops._sharding").register()
+        return fake(*args)
+
+    return told
 
 
 def _interprets() -> bool:

@@ -18,7 +18,7 @@ from mmkern.ops._linear_chunks import (
     chunked_on_gpu,
     divisor_of,
     gpu_divisor,
-    own_threads,
+    leave_threads,
     rows_at_a_time,
 )
 from mmkern.ops._memory import check_linear_loss
@@ -47,7 +47,8 @@ def _chunks(hidden: Tensor) -> Callable[..., tuple[Tensor, list[Tensor]]]:
 def _forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     class_weight, _, *options = rest
     check_linear_loss(None, hidden, weight, target, bias, class_weight, *options)
-    with torch.autocast(hidden.device.type, enabled=False), own_threads():
+    leave_threads()
+    with torch.autocast(hidden.device.type, enabled=False):
         loss, found = _chunks(hidden)(None, hidden, weight, target, bias, *rest)
         return loss, *(g.to(kept_dtype(hidden)) for g in found)
 
@@ -63,7 +64,8 @@ def _backward_none(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     check_linear_loss(grad_loss, hidden, weight, target, bias, class_weight, NONE, *rest)
-    with torch.autocast(hidden.device.type, enabled=False), own_threads():
+    leave_threads()
+    with torch.autocast(hidden.device.type, enabled=False):
         options = class_weight, ignore_index, NONE, *rest
         _, found = _chunks(hidden)(grad_loss.contiguous(), hidden, weight, target, bias, *options)
         return tuple(g.to(hidden.dtype) for g in found)
@@ -207,7 +209,8 @@ def linear_cross_entropy(
         IndexError: a target is neither a class nor ignore_index.
 
     Gradients of a reduced loss are computed with it and kept: backward only multiplies them. Those of "none" are
-    computed in backward, from new logits. Sums over chunks lose no digits, however many there are.
+    computed in backward, from new logits. Sums over chunks lose no digits, however many there are. In a forked child
+    the first call sets torch's number of threads to 1: torch's own matmul would hang there.
 
     Source: Hsu et al., Liger Kernel, 2024.
 
@@ -222,6 +225,8 @@ def linear_cross_entropy(
             class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, chunk_size=chunk_size,
         )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        leave_threads()
     _check(hidden, weight, target, bias)
     if class_weight is not None:
         _check_weight("class_weight", class_weight, hidden, len(weight))
@@ -234,6 +239,8 @@ def linear_cross_entropy(
     if (cast := autocast_dtype(hidden)) is not None and dtype != torch.float64:
         dtype = torch.float32
         hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
+    if bias is not None and reduction == "none" and torch.is_grad_enabled():
+        bias = bias.clone()  # backward reads it, where torch's formula does not: the caller may write into his own
     loss = _linear_cross_entropy(
         hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None],
         weight,

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._numbers import integer, number, probability
-from mmkern.ops.dispatch import Op, Refusal, Values, check_dense
+from mmkern.ops.dispatch import Op, Refusal, Values, autocast_dtype, check_dense
 
 ENCODINGS = ("sinusoidal", "scalar", "sincos2d")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -136,7 +136,8 @@ def add_positional_encoding(
             "sincos2d", for image grids, as MAE and ViT have it (He et al. 2022): the first half of the channels
             encodes the column, the second the row; in each half, dim/4 sines, then as many cosines, with
             frequencies 10000^(-4i / dim). dim must be divisible by 4, offset 0.
-            A tensor (max_length, dim) of x's dtype: a learned table, which gets a gradient.
+            A tensor (max_length, dim) of x's dtype: a learned table, which gets a gradient. Under autocast dtypes
+            may differ: both become what `x + table` gives.
         offset: position of the first row, >= 0; or tensor of int64 or int32, one for each batch entry (x.shape[0],),
             a cache's lengths, or one for all. Positions wrap as int64 does.
         scale: factor on x, usually 1 or sqrt(dim).
@@ -164,6 +165,8 @@ def add_positional_encoding(
     check_dense("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected (..., length, dim), got shape {tuple(x.shape)}")
+    dtype, encoding = _promoted(x, encoding)
+    x = x.to(dtype)
     where = _positions("x", encoding, offset, x.shape, x.dtype)
     scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
     return _add(x, *where, scale, dropout_p, _seed(dropout_p, x))
@@ -222,6 +225,10 @@ def embed_tokens(
         )
     if isinstance(encoding, str) and encoding == "sincos2d":
         raise ValueError("encoding: 'sincos2d' is for image grids; tokens take 'sinusoidal', 'scalar' or a table")
+    dtype, encoding = _promoted(weight, encoding)
+    if dtype != weight.dtype and encoding is not None:  # the looked-up rows are converted, not the whole weight
+        rows = embed_tokens(tokens, weight, padding_idx=padding_idx).to(dtype)
+        return add_positional_encoding(rows, encoding, offset=offset, scale=scale, dropout_p=dropout_p)
     vocabulary, dim = weight.shape
     where = _positions("tokens", "none" if encoding is None else encoding, offset, (*tokens.shape, dim), weight.dtype)
     scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
@@ -231,6 +238,14 @@ def embed_tokens(
             raise IndexError(f"padding_idx: {padding_idx} is outside the vocabulary of {vocabulary} rows of weight")
         padding_idx %= vocabulary
     return _embed(tokens, weight, *where, scale, dropout_p, padding_idx, _seed(dropout_p, weight))
+
+
+def _promoted(x: Tensor, encoding: Any) -> tuple[torch.dtype, Any]:
+    """The dtype of `x + table` as torch promotes it under autocast, and the table in it; else x's own."""
+    if isinstance(encoding, Tensor) and encoding.dtype in _FLOATING and autocast_dtype(x) is not None:
+        dtype = torch.promote_types(x.dtype, encoding.dtype)
+        return dtype, encoding.to(dtype)
+    return x.dtype, encoding
 
 
 def _positions(

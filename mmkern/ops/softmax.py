@@ -228,7 +228,19 @@ def masked_softmax(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, mask, bias))
+    if wants_grad and not torch.compiler.is_compiling():  # which would ask for the sizes of a dynamic shape
+        mask, bias = _kept_from_edits(mask, x), _kept_from_edits(bias, x)
     return _masked_softmax(x, mask, scale, bias, dim, dropout_p, seed)
+
+
+def _kept_from_edits(term: Tensor | None, x: Tensor) -> Tensor | None:
+    """An added term of which backward may read a copy: torch's formula reads none, so that its caller may edit it.
+
+    One that is broadcast costs nothing beside x. One of x's size is not copied: backward raises if it was edited, as
+    it does for a bool mask, which torch's formula keeps, too.
+    """
+    return term if term is None or term.dtype == torch.bool or 8 * term.numel() > x.numel() else term.clone()
 
 
 def _run(op: Op, op_out: Op, input: Tensor, dim: int, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:

@@ -28,12 +28,18 @@ def linear_cross_entropy(
     Returns the loss (float32, or float64) and its gradients for hidden (wanted & 1), weight (2) and bias (4), in
     float32 for float16, without elements where not wanted.
     """
+    counted, logits = _logits(hidden, weight, target, bias, ignore_index)
     options = class_weight, ignore_index, reduction, label_smoothing
-    loss = _loss(hidden, weight, target, bias, *options)
-    one = torch.ones_like(loss)
-    found = _gradients(one, hidden, weight, target, bias, *options, wanted) if wanted else [None] * 3
-    like = zip(found, (hidden, weight, weight if bias is None else bias), strict=True)
-    kept = [t.new_empty(0, dtype=kept_dtype(t)) if g is None else g.detach().to(kept_dtype(t)) for g, t in like]
+    loss, slope, *_ = cross_entropy(logits, target, *options, True, int(wanted > 0))
+    # Written out: this may run where autograd cannot, within an operator of a compiled graph.
+    with torch.no_grad():
+        found = [
+            torch.where((target == ignore_index).unsqueeze(-1), 0.0, slope @ _wide(weight)) if wanted & 1 else None,
+            slope.t() @ counted if wanted & 2 else None,
+            slope.sum(0) if wanted & 4 else None,
+        ]
+        like = zip(found, (hidden, weight, weight if bias is None else bias), strict=True)
+        kept = [t.new_empty(0, dtype=kept_dtype(t)) if g is None else g.to(kept_dtype(t)) for g, t in like]
     return loss, kept[0], kept[1], kept[2]
 
 
@@ -77,12 +83,17 @@ def _gradients(
 
 def _loss(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     class_weight, ignore_index, reduction, label_smoothing = options
-    # A row that is not counted reaches nobody, whatever it holds.
+    logits = _logits(hidden, weight, target, bias, ignore_index)[1]
+    return cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing, True, 0)[0]
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The rows that are counted, the others being 0, which reach nobody then, whatever they hold; all rows' logits."""
     hidden = torch.where((target == ignore_index).unsqueeze(-1), 0.0, _wide(hidden))
     logits = hidden @ _wide(weight).t()
-    if bias is not None:
-        logits = logits + _wide(bias)
-    return cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing, True, 0)[0]
+    return hidden, logits if bias is None else logits + _wide(bias)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmkern
 from mmkern.model import Batch, MultimodalModel
-from mmkern.training import checkpoints, evaluation, schedules
+from mmkern.training import checkpoints, evaluation, interrupts, schedules
 from mmkern.training.checkpoints import CheckpointError, Snapshot, Writer
 from mmkern.training.config import ConfigError, Count, RunConfig, TrainingConfig, checked
 from mmkern.training.problem import Problem, Steps, loader
@@ -265,7 +265,12 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is no longer finite. OSError: the disk is full.
+            KeyboardInterrupt: Ctrl-C, after the step that it came in; a single process has written a checkpoint of it.
         """
+        with interrupts.held() as interrupted:
+            self._run(interrupted)
+
+    def _run(self, interrupted: Callable[[], bool]) -> None:
         if self.rank == 0:
             _ = self.described  # the data as they are before the first step
         records = Records(self.folder, self.step) if self.rank == 0 else None
@@ -283,9 +288,11 @@ class Trainer:
                 score = None
                 if last or self.step % self.c.evaluate_every == 0:
                     score = self._evaluate(records)
-                if last or self.stopped or self.step % self.c.checkpoint_every == 0 or score is not None:
+                told = interrupted()
+                due = last or self.stopped or self.step % self.c.checkpoint_every == 0 or score is not None
+                if due or (told and self.world == 1):  # others may be at another step
                     self._checkpoint(writer, score)
-                if self.stopped:
+                if self.stopped or told:
                     break
         finally:
             writer.wait()
