@@ -98,14 +98,16 @@ def _visible(like: Tensor, *terms: Tensor | None) -> Tensor:
 def _masked_weights(x: Tensor | None, mask: Tensor | None, scale: float, bias: Tensor | None, dim: int) -> Tensor:
     """What `masked_softmax` gives before dropout, in the dtype of the arithmetic."""
     assert x is not None
-    scores = torch.where(_visible(x, mask, bias), _wide(x) * scale, -torch.inf)
+    visible = _visible(x, mask, bias)
+    scores = torch.where(visible, _wide(x) * scale, -torch.inf)
     for term in (bias, mask):
         if term is not None and term.dtype != torch.bool:
             scores = scores + torch.where(scores == -torch.inf, 0.0, term)
     top = scores.detach().amax(dim, keepdim=True) if scores.numel() else scores
     e = torch.where(scores == -torch.inf, 0.0, torch.exp(scores - torch.where(top == -torch.inf, 0.0, top)))
     total = e.sum(dim, keepdim=True)
-    return e / torch.where(total == 0, 1.0, total)
+    weights = e / torch.where(total == 0, 1.0, total)
+    return torch.where(visible, weights, weights.detach())  # a hidden element's gradient reaches nobody
 
 
 def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
