@@ -529,7 +529,8 @@ def _forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
     splits, split_len = 1, max(k_len, 1)
     if rows <= 64:
         block_m = min(block_m, max(16, power_of_2(rows)))
-        block_n, warps = min(block_n, 64), min(warps, 4)
+        # Four warps of head dim 128 have too few registers on sm_90: 8 bytes were spilled.
+        block_n, warps = min(block_n, 64), min(warps, 4 if max(head_dim, value_dim) <= 64 else 8)
         if k_len > SPLIT:  # by the shape of one sequence alone: the bits must not depend on who is in the batch
             splits, split_len = cdiv(k_len, SPLIT), SPLIT
     parts, tops, totals = out, lse, None

@@ -153,7 +153,7 @@ def test_a_gradient_for_a_mask_makes_nothing_larger() -> None:
         with torch.profiler.profile(profile_memory=True) as profile:
             out.sum().backward()
         largest = max(event.self_cpu_memory_usage for event in profile.events())
-        assert 0 < largest <= 1.5 * 4 * max(mask.numel(), q.numel(), k.numel())
+        assert 0 < largest <= 8 * max(mask.numel(), q.numel(), k.numel())  # sums over batch and heads: in double
 
 
 def test_what_ran() -> None:

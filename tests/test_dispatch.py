@@ -138,6 +138,22 @@ def test_force_holds_for_other_threads(x):
     assert seen[0].backend == "reference"
 
 
+@pytest.mark.parametrize("first", ["older", "newer"])
+def test_blocks_that_overlap_leave_nothing_behind(x, first):
+    """As those of two threads do."""
+    isa = None if _C is None else _C.isa()
+    blocks = {"older": mmkern.backend("reference"), "newer": mmkern.backend("cpu", isa=isas()[0], strict=True)}
+    for block in blocks.values():
+        block.__enter__()
+    blocks.pop(first).__exit__(None, None, None)
+    assert ran(x, 1).backend == ("cpu" if first == "older" else "reference")
+    blocks.popitem()[1].__exit__(None, None, None)
+    assert not dispatch._state.in_use
+    assert dispatch._state.forced is None
+    assert not dispatch._state.strict
+    assert _C is None or _C.isa() == isa
+
+
 def test_tensors_elsewhere_or_on_two_devices_go_to_the_reference(x):
     choice = ran(x.to("meta"), 1)
     assert (choice.backend, choice.refused["cpu"]) == ("reference", "tensors are on meta")

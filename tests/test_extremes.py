@@ -88,6 +88,10 @@ def options(heads: int, q_len: int, k_len: int) -> dict[str, dict]:
         "largest softcap": {"softcap": MOST},
         "subnormal softcap": {"softcap": 1e-39},
         "sinks": {"sinks": torch.tensor([1e9, -1e9, MOST, -MOST])[:heads]},
+        "sinks over hidden keys": {
+            "sinks": torch.tensor([MOST, -MOST, 1e9, -1e9])[:heads],
+            "attn_mask": torch.full((1, k_len), -math.inf),
+        },
         "sinks beside -1e9": {"sinks": torch.tensor([-1e9, 64 - 1e9, -1e9, 0])[:heads], "attn_mask": bias * 0 - 1e9},
         "squared distance": {"similarity": "squared_euclidean", "scale": 1e20},
         "distance": {"similarity": "euclidean", "scale": 1e15},
@@ -136,7 +140,15 @@ def test_large_products(times: float, similarity: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["-1e+09 in a row", "-3.40282e+38 everywhere", "a mask that cancels", "temperature", "sinks"]
+    "name",
+    [
+        "-1e+09 in a row",
+        "-3.40282e+38 everywhere",
+        "a mask that cancels",
+        "temperature",
+        "sinks",
+        "sinks over hidden keys",
+    ],
 )
 def test_ends_of_the_range_in_triton(name: str) -> None:
     pytest.importorskip("triton")

@@ -43,6 +43,24 @@ def test_16384_chunks_lose_no_more_digits_than_torch(reduction, backend, monkeyp
         assert (a - e).norm() <= 3e-7 * e.norm()
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_what_an_ignored_row_holds_reaches_no_gradient(reduction, backend, monkeypatch):
+    if backend == "gpu":
+        monkeypatch.setattr(mmkern.ops.linear_loss, "chunked", _linear_chunks.chunked_on_gpu)
+    weight, bias = testing.randn(5, 3, seed=2), testing.randn(5, seed=3)
+    target = torch.tensor([1, -100, 4, -100])
+    found = []
+    for fill in (0.0, float("nan"), float("inf")):
+        hidden = testing.randn(4, 3).index_fill(0, torch.tensor([1, 3]), fill)
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        loss = mmkern.linear_cross_entropy(*leaves[:2], target, leaves[2], reduction=reduction, chunk_size=2)
+        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+    assert found[0][2].abs().sum() > 0.1
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_second_derivatives_sum_chunks_in_float64():
     hidden, weight = testing.randn(4096, 3, seed=1).abs(), testing.randn(5, 3, seed=2)
     target = torch.full((4096,), 2)

@@ -168,6 +168,26 @@ def test_nan_behind_a_mask_reaches_no_gradient(dtype: torch.dtype) -> None:
         torch.testing.assert_close(mine[0], their[0], equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_nan_gradient_of_a_hidden_weight_reaches_nobody(backend: str, dim: int) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    keep = torch.arange(40) < 30
+    keep, x, bias, grad = (
+        t if dim else t.t().contiguous() for t in (keep[None], randn(6, 40), randn(6, 40, seed=1), randn(6, 40, seed=2))
+    )
+    found = []
+    for fill in (0.0, math.nan):
+        leaves = [t.to(device, copy=True).requires_grad_() for t in (x, bias)]
+        with mmkern.backend(backend, strict=True):
+            y = mmkern.masked_softmax(leaves[0], keep.to(device), bias=leaves[1], dim=dim)
+            found.append(torch.autograd.grad(y, leaves, torch.where(keep, grad, fill).to(device)))
+    assert all(torch.equal(clean, other) for clean, other in zip(*found, strict=True))
+    assert found[0][0].abs().sum() > 0.1
+
+
 CALLS = {
     "softmax": lambda x, b: mmkern.softmax(x, -1),
     "log_softmax": lambda x, b: mmkern.log_softmax(x, 1),

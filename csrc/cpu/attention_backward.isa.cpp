@@ -132,12 +132,16 @@ class AttentionBackward : ScoreGradients<Dot> {
     }
     for (int64_t r = 0; r < n; ++r) {
       const Row& row = b.rows[r];
-      if (row.lo >= row.hi || row.l == 0.0) continue;
+      if (row.lo >= row.hi) continue;
+      float* stats = g_.stats + flat_index(a_, row) * kRowStats;
+      stats[kStatFound] = 1.0f;
+      if (row.l == 0.0) {  // nothing but the sink, whose lse times log2 e may overflow
+        stats[kStatSink] = 1.0f;
+        continue;
+      }
       const float sink = a_.sinks ? a_.sinks[row.head] : -kInf, top = row.m * row.scale;
       const float higher = sink > top ? sink : top, its = expf(sink - higher);
       const double mine = expf(top - higher), total = row.l * mine + its;
-      float* stats = g_.stats + flat_index(a_, row) * kRowStats;
-      stats[kStatFound] = 1.0f;
       stats[kStatMax] = row.m;
       stats[kStatInverse] = float(mine / total);
       stats[kStatSink] = float(its / total);

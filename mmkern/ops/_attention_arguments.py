@@ -147,7 +147,7 @@ def checked_window(window: Any) -> tuple[int, int]:
         return -1, -1
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise ValueError(f"window: expected a pair (left, right), got {window!r}")
-    sides = [None if side is None else integer("window", side) for side in window]
+    sides = [None if side is None else integer("window", side, "integers or None") for side in window]
     if any(side is not None and side < 0 for side in sides):
         raise ValueError(f"window: expected sides >= 0, got {window!r}")
     left, right = (-1 if side is None or side >= 2**62 else side for side in sides)  # positions stay in int64

@@ -165,7 +165,7 @@ def chunked_on_gpu(
     chunk_size: int,
     wanted: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`chunked` without a value that the host would have to wait for: ignored rows are multiplied too, by 0."""
+    """`chunked` without a value that the host would have to wait for: ignored rows are multiplied too, as zeros."""
     rows, classes = len(hidden), len(weight)
     losses = hidden.new_zeros(
         rows if reduction == NONE else (), dtype=torch.float32 if reduction == NONE else torch.float64
@@ -177,7 +177,8 @@ def chunked_on_gpu(
     buffer = weight.new_empty(min(step, rows), classes)
     for start in range(0, rows, step):
         place = slice(start, min(start + step, rows))
-        part, logits = hidden[place], buffer[: place.stop - start]
+        part = hidden[place].masked_fill((target[place] == ignore_index)[:, None], 0.0)  # they may hold NaN
+        logits = buffer[: place.stop - start]
         if bias is None:
             torch.mm(part, weight.t(), out=logits)
         else:

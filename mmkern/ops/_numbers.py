@@ -37,7 +37,7 @@ def probability(name: str, value: Any) -> float:
     return value
 
 
-def integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any, expected: str = "an integer") -> int:
     """`value` as an integer, or a symbolic one."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
@@ -48,7 +48,7 @@ def integer(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})") from None
+        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})") from None
 
 
 def _check_scalar(name: str, value: Tensor) -> None:

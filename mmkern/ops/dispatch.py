@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -61,23 +62,45 @@ class Choice:
         return f"{self.op}: {ran}{reasons}"
 
 
-@dataclass
 class _State:
-    """Process-wide, like torch's own backend flags; forced by `backend`, filled by `explain`."""
+    """Process-wide, like torch's own backend flags; forced by `backend`, filled by `explain`.
 
-    forced: str | None = None
-    strict: bool = False
-    interpreting: bool = False  # "triton" is forced and Triton runs its kernels in its interpreter, on any device
-    record: list[Choice] | None = None
-    in_use: bool = False  # forced or record is set: one look per call instead of two
+    What holds is said by the blocks that are open, the last first. Blocks of two threads may close in any order, so
+    none of them restores what it found.
+    """
 
-    def update(self, **fields: Any) -> dict[str, Any]:
-        """Set fields, and give back what restores them."""
-        before = {name: getattr(self, name) for name in fields}
-        for name, value in fields.items():
-            setattr(self, name, value)
-        self.in_use = self.forced is not None or self.record is not None
-        return before
+    def __init__(self) -> None:
+        self._open: list[dict[str, Any]] = []
+        self._lock = Lock()
+        self._isa: str | None = None  # outside of all blocks that choose one
+        self._apply()
+
+    def enter(self, **fields: Any) -> dict[str, Any]:
+        """Set fields until `leave` gets what this returns."""
+        with self._lock:
+            if "isa" in fields and not any("isa" in other for other in self._open):
+                self._isa = _C.isa() if _C else None
+            self._open.append(fields)
+            self._apply()
+        return fields
+
+    def leave(self, fields: dict[str, Any]) -> None:
+        with self._lock:
+            self._open = [other for other in self._open if other is not fields]
+            self._apply()
+            if "isa" in fields and _C:
+                _C.set_isa(self._last("isa", self._isa))
+
+    def _apply(self) -> None:
+        self.forced: str | None = self._last("forced")
+        self.strict: bool = self._last("strict", False)
+        # "triton" is forced and Triton runs its kernels in its interpreter, on any device
+        self.interpreting: bool = self._last("interpreting", False)
+        self.record: list[Choice] | None = self._last("record")
+        self.in_use = bool(self._open)  # one look per call instead of two
+
+    def _last(self, name: str, default: Any = None) -> Any:
+        return next((fields[name] for fields in reversed(self._open) if name in fields), default)
 
 
 _state = _State()
@@ -380,23 +403,22 @@ def backend(name: str, *, strict: bool = False, isa: str | None = None) -> Itera
         raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if isa is not None and (name != "cpu" or _C is None):
         raise ValueError(f"isa: only for the built 'cpu' backend, got isa={isa!r} with name={name!r}")
-    isa_before = _C.isa() if _C else None
-    if _C and isa is not None:
-        _C.set_isa(isa)
     interpreting = name == "triton" and _without_triton() is None and _interprets()
-    before = _state.update(forced=name, strict=strict, interpreting=interpreting)
+    fields = {"forced": name, "strict": strict, "interpreting": interpreting}
+    block = _state.enter(**fields, **({} if isa is None else {"isa": isa}))
     try:
+        if _C and isa is not None:
+            _C.set_isa(isa)
         yield
     finally:
-        _state.update(**before)
-        if _C and isa is not None:
-            _C.set_isa(isa_before)
+        _state.leave(block)
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
     """Run `fn(*args, **kwargs)` and tell, for each mmkern op it called, which backend ran and why no other did.
 
-    `fn` may be an op, a module or any function. Returns one `Choice` per op call, in order; print them.
+    `fn` may be an op, a module or any function. Returns one `Choice` per op call, in order; print them. Process-wide:
+    calls that other threads make meanwhile are told, too, since autograd may run backward in a thread of its own.
 
     Example:
         >>> import mmkern, torch
@@ -404,11 +426,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
         reference
     """
     record: list[Choice] = []
-    before = _state.update(record=record)
+    block = _state.enter(record=record)
     try:
         fn(*args, **kwargs)
     finally:
-        _state.update(**before)
+        _state.leave(block)
     if _state.record is not None:  # inside another explain, which is told of these calls too
         _state.record.extend(record)
     return record

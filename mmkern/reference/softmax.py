@@ -108,7 +108,8 @@ def _masked_weights(x: Tensor | None, mask: Tensor | None, scale: float, bias: T
     empty = top == -torch.inf
     e = torch.where(visible & ~empty, torch.exp(scores - torch.where(empty, 0.0, top)), 0.0)
     total = e.sum(dim, keepdim=True)
-    return e / torch.where(total == 0, 1.0, total)
+    weights = e / torch.where(total == 0, 1.0, total)
+    return torch.where(visible, weights, weights.detach())  # a hidden element's gradient reaches nobody
 
 
 def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
