@@ -6,6 +6,7 @@ take this call at all; if not, the reference formula runs, and `explain` says wh
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,18 +75,31 @@ class _State:
     strict: bool = False
     interpreting: bool = False  # "triton" is forced and Triton runs its kernels in its interpreter, on any device
     record: list[Choice] | None = None
-    in_use: bool = False  # forced or record is set: one look per call instead of two
+    forked: bool = False  # this is a forked child, whose torch has not been told to leave its threads
+    in_use: bool = False  # forced, record or forked is set: one look per call instead of three
 
     def update(self, **fields: Any) -> dict[str, Any]:
         """Set fields, and give back what restores them."""
         before = {name: getattr(self, name) for name in fields}
         for name, value in fields.items():
             setattr(self, name, value)
-        self.in_use = self.forced is not None or self.record is not None
+        self.in_use = self.forced is not None or self.record is not None or self.forked
         return before
 
 
 _state = _State()
+os.register_at_fork(after_in_child=lambda: _state.update(forked=True))
+
+
+def leave_threads() -> None:
+    """In a forked child, one thread from the first call on: torch's thread team stayed behind with the parent.
+
+    Its matmul would wait for the team forever, and so would the casts, copies and sums of more than 32,768 elements
+    that autograd makes around an op in backward. So the setting is not taken back.
+    """
+    if _state.forked:
+        torch.set_num_threads(1)
+        _state.update(forked=False)
 
 
 class Op:
@@ -217,8 +231,10 @@ class Op:
         return launcher(*args)
 
     def _choose(self, args: Values) -> Callable[..., Any]:
-        if _python_dispatch._is_in_torch_dispatch_mode and not torch.compiler.is_compiling():
-            enter_flop_formulas()
+        if not torch.compiler.is_compiling():
+            leave_threads()
+            if _python_dispatch._is_in_torch_dispatch_mode:
+                enter_flop_formulas()
         self._check_spread(args)
         devices = {args[i].device.type for i in self._tensors if args[i] is not None}
         reasons: dict[str, str] = {}
@@ -304,7 +320,8 @@ def _transformed() -> bool:
 def _recorded() -> bool:
     """Whether calls are recorded now, to run later, when another backend may have to be chosen."""
     return _get_tracing_state() is not None or (
-        torch.compiler.is_compiling() and (_state.in_use or torch.compiler.is_exporting())
+        torch.compiler.is_compiling()
+        and (_state.forced is not None or _state.record is not None or torch.compiler.is_exporting())
     )
 
 
