@@ -88,7 +88,8 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: int, dtype: torch.dt
 
 def _fake(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, reduction, _, _, wanted = rest
-    loss = hidden.new_empty(target.shape if reduction == NONE else (), dtype=torch.float32)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)  # of float64 the reference gives float64
+    loss = hidden.new_empty(target.shape if reduction == NONE else (), dtype=dtype)
     return loss, *_fake_gradients(hidden, weight, wanted, kept_dtype(hidden))
 
 
