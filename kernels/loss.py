@@ -223,6 +223,7 @@ def cross_entropy_bwd(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> T
 def cross_entropy_bwd_(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> None:
     """`mmkern::cross_entropy_bwd_`: the same, into grad."""
     check.scaled(grad, grad_loss, unit)
+    check.writable("grad", grad)
     _scale(grad, grad, grad_loss, unit)
 
 

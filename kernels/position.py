@@ -285,8 +285,9 @@ def embed_tokens_bwd(
     dropout_seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`mmkern::embed_tokens_bwd`: grad (..., length, dim), tokens (..., length) -> (vocabulary, dim)."""
+    check.given("grad", grad, rank=1)
     check.given("tokens", tokens, grad, (torch.int64, torch.int32), rank=1)
-    check.given("grad", grad, shape=(*tokens.shape, grad.shape[-1] if grad.dim() else 0))
+    check.given("grad", grad, shape=(*tokens.shape, grad.shape[-1]))
     check.dropout(dropout_p, dropout_seed, grad)
     check.between("vocabulary", vocabulary, 0, 2**62)
     if padding_idx is not None:

@@ -72,6 +72,8 @@ def _backward_none(
     ignore_index: int,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    if grad_loss is None:
+        raise ValueError("grad_loss: expected a tensor, got None")
     check_linear_loss(grad_loss, hidden, weight, target, bias, class_weight, NONE, *rest)
     leave_threads()
     with torch.autocast(hidden.device.type, enabled=False):
