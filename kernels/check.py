@@ -134,8 +134,8 @@ def softmax(x: Tensor, dim: int, *others: tuple[str, Tensor], name: str = "input
     """`others` by name: gradients and outputs, of x's shape and dtype. `name`: x's own."""
     given(name, x, rank=1)
     between("dim", dim, 0, x.dim() - 1)
-    for name, t in others:
-        given(name, t, x, (x.dtype,), x.shape)
+    for other, t in others:
+        given(other, t, x, (x.dtype,), x.shape)
 
 
 def masked_softmax(

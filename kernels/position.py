@@ -224,6 +224,8 @@ def embed_tokens_fwd(
     check.given("weight", weight, shape=weight.shape[:2])
     check.given("tokens", tokens, weight, (torch.int64, torch.int32), rank=1)
     check.encoding(encoding, table, offset, offsets, weight, (*tokens.shape, weight.shape[1]))
+    if padding_idx is not None:
+        check.between("padding_idx", padding_idx, 0, weight.shape[0] - 1)
     check.dropout(dropout_p, dropout_seed, weight)
     out = weight.new_empty(*tokens.shape, weight.shape[1])
     entries, heads = tokens.shape[:-1].numel(), tokens.shape[-2] if tokens.dim() > 1 else 1

@@ -37,7 +37,8 @@ def outcome(name: str, args: list) -> str:
     into = 2 if name.endswith("out") else 0
     wrong = differences(name, kept, *((args[into], into) if found is None else (found,)))
     # No index is read before a launch: a row that does not exist is NaN, or hidden.
-    return "ok" if not wrong or wrong.startswith("the reference raises IndexError") else wrong
+    no_row = wrong.startswith("the reference raises IndexError") or "out of bounds" in wrong
+    return "ok" if not wrong or no_row else wrong
 
 
 @pytest.mark.parametrize("name", CALLS)

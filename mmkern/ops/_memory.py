@@ -32,9 +32,9 @@ def check_linear_loss(
     wanted: int,
 ) -> None:
     """ValueError unless `linear_cross_entropy_fwd` or its backward can run: arguments as in their schemas."""
-    for name, t in (("hidden", hidden), ("weight", weight), ("target", target)):
-        if not isinstance(t, Tensor) or t.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got {getattr(t, 'layout', type(t).__name__)}")
+    for name, needed in (("hidden", hidden), ("weight", weight), ("target", target)):
+        if not isinstance(needed, Tensor) or needed.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {getattr(needed, 'layout', 'none')}")
     if hidden.dim() != 2 or weight.dim() != 2:
         raise ValueError(f"hidden, weight: expected two dims, got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     rows, classes = hidden.shape[:1], weight.shape[:1]
