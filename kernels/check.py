@@ -121,18 +121,28 @@ def attention_gradients(
     wanted(bits, (query, key, value, mask, args[8], args[12], args[14]))
 
 
-def softmax(x: Tensor, dim: int, *others: tuple[str, Tensor]) -> None:
-    """`others` by name: gradients and outputs, of x's shape and dtype."""
-    given("input", x, rank=1)
+def writable(name: str, t: Tensor) -> None:
+    """No element twice: which of two results it ends with would depend on the order of writes."""
+    reach = 1
+    for step, n in sorted((step, n) for n, step in zip(t.shape, t.stride(), strict=True) if n > 1):
+        if step < reach:
+            refuse(name, f"shape {tuple(t.shape)} of strides {t.stride()} holds elements twice")
+        reach += (n - 1) * step
+
+
+def softmax(x: Tensor, dim: int, *others: tuple[str, Tensor], name: str = "input") -> None:
+    """`others` by name: gradients and outputs, of x's shape and dtype. `name`: x's own."""
+    given(name, x, rank=1)
     between("dim", dim, 0, x.dim() - 1)
-    for name, t in others:
-        given(name, t, x, (x.dtype,), x.shape)
+    for other, t in others:
+        given(other, t, x, (x.dtype,), x.shape)
 
 
 def masked_softmax(
-    x: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None, dim: int, dropout_p: float, seed: Tensor | None
-) -> None:
-    softmax(x, dim)
+    x: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None, dim: int, dropout_p: float, seed: Tensor | None,
+    name: str = "x",
+) -> None:  # fmt: skip
+    softmax(x, dim, name=name)
     if mask is not None:
         term("mask", mask, x, x.shape)
     if bias is not None:
@@ -163,6 +173,7 @@ def _places(x: Tensor) -> tuple[int, ...]:
 
 def scaled(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> None:
     given("grad", grad, rank=1)
+    given("grad_loss", grad_loss, grad, WEIGHTS)
     given("grad_loss", grad_loss, grad, WEIGHTS, None if grad_loss.dim() == 0 else _places(grad))
     if unit is not None:
         given("unit", unit, grad, (torch.float32,), (1,))

@@ -158,6 +158,7 @@ def cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`mmkern::cross_entropy_fwd`: the loss; gradients for input and target, empty if not wanted; their multiplier."""
     check.cross_entropy(input, target, weight, reduction, label_smoothing, wanted)
+    weight = None if weight is None else weight.contiguous()  # the kernel steps through it by 1
     dim = min(1, input.dim() - 1)
     soft = target.is_floating_point()
     shape = (*input.shape[:dim], *input.shape[dim + 1 :])
@@ -223,6 +224,7 @@ def cross_entropy_bwd(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> T
 def cross_entropy_bwd_(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> None:
     """`mmkern::cross_entropy_bwd_`: the same, into grad."""
     check.scaled(grad, grad_loss, unit)
+    check.writable("grad", grad)
     _scale(grad, grad, grad_loss, unit)
 
 

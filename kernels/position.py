@@ -224,6 +224,8 @@ def embed_tokens_fwd(
     check.given("weight", weight, shape=weight.shape[:2])
     check.given("tokens", tokens, weight, (torch.int64, torch.int32), rank=1)
     check.encoding(encoding, table, offset, offsets, weight, (*tokens.shape, weight.shape[1]))
+    if padding_idx is not None:
+        check.between("padding_idx", padding_idx, 0, weight.shape[0] - 1)
     check.dropout(dropout_p, dropout_seed, weight)
     out = weight.new_empty(*tokens.shape, weight.shape[1])
     entries, heads = tokens.shape[:-1].numel(), tokens.shape[-2] if tokens.dim() > 1 else 1
@@ -285,8 +287,9 @@ def embed_tokens_bwd(
     dropout_seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`mmkern::embed_tokens_bwd`: grad (..., length, dim), tokens (..., length) -> (vocabulary, dim)."""
+    check.given("grad", grad, rank=1)
     check.given("tokens", tokens, grad, (torch.int64, torch.int32), rank=1)
-    check.given("grad", grad, shape=(*tokens.shape, grad.shape[-1] if grad.dim() else 0))
+    check.given("grad", grad, shape=(*tokens.shape, grad.shape[-1]))
     check.dropout(dropout_p, dropout_seed, grad)
     check.between("vocabulary", vocabulary, 0, 2**62)
     if padding_idx is not None:

@@ -236,6 +236,7 @@ def log_softmax_out(input: Tensor, dim: int, out: Tensor) -> None:
 
 def _into(input: Tensor, dim: int, out: Tensor, log: bool) -> None:
     check.softmax(input, dim, ("out", out))
+    check.writable("out", out)
     overlaps = input.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
     same = input.data_ptr() == out.data_ptr() and input.stride() == out.stride()
     if overlaps and not same:
@@ -250,7 +251,7 @@ def _into(input: Tensor, dim: int, out: Tensor, log: bool) -> None:
 
 def softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
     """`mmkern::softmax_bwd`: from the gradient of the output, and the output."""
-    check.softmax(output, dim, ("grad", grad))
+    check.softmax(output, dim, ("grad", grad), name="output")
     out = like_input(output)
     _run(_softmax_bwd_kernel, [grad, output, out], dim, False)
     return out
@@ -258,7 +259,7 @@ def softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
 
 def log_softmax_bwd(grad: Tensor, output: Tensor, dim: int) -> Tensor:
     """`mmkern::log_softmax_bwd`."""
-    check.softmax(output, dim, ("grad", grad))
+    check.softmax(output, dim, ("grad", grad), name="output")
     out = like_input(output)
     _run(_softmax_bwd_kernel, [grad, output, out], dim, True)
     return out
@@ -311,7 +312,8 @@ def masked_softmax_bwd(
     x = output if dropout_seed is None else input
     if x is None or (input is not None and output is not None):
         check.refuse("output, input", "one of them: input with dropout_seed, output without")
-    check.masked_softmax(x, mask, scale, bias, dim, dropout_p, dropout_seed)
+    name = "output" if dropout_seed is None else "input"
+    check.masked_softmax(x, mask, scale, bias, dim, dropout_p, dropout_seed, name)
     check.given("grad", grad, x, (x.dtype,), x.shape)
     check.wanted(wanted, (x, mask, bias))
     rest = (mask, scale, bias, dim, dropout_p, dropout_seed, grad, output)

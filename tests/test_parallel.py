@@ -70,6 +70,7 @@ def test_forked_child_runs_and_gets_the_same_bits(how):
     """torch's own OpenMP kernels hang in a child once the parent has used its threads."""
     child = """
 def child():
+    mmkern.softmax(x[:1], 1)  # tells torch to keep to one thread, for which it makes a pool of its own
     before = threads()
     # compared outside torch, whose own parallel comparison is what would hang here
     ok = mmkern.softmax(x, 1).numpy().tobytes() == expected.numpy().tobytes() and threads() == before
@@ -103,6 +104,29 @@ if process.exitcode is None: process.kill(); raise SystemExit("child hangs")
 print(process.exitcode)
 """
     assert fresh(child + (fork if how == "os.fork" else process)) == "0"
+
+
+def test_a_forked_child_copies_and_casts_around_the_kernels():
+    """By torch's own ops, whose threads stayed behind: one that waits for them is ended by the alarm."""
+    script = """
+import signal
+torch.set_num_threads(2)
+leaf = x.clone().requires_grad_()
+def run():
+    leaf.grad = None
+    t = leaf.t().reshape(1, 1, 1024, 512).mT.reshape(1, 1, 512, 1024)[..., ::2]  # nothing is contiguous
+    out = mmkern.scaled_dot_product_attention(t, t, t)
+    loss = mmkern.cross_entropy(out[0, 0].double().float(), torch.arange(512, dtype=torch.int32).long() % 256)
+    (mmkern.softmax(leaf[:, ::2], 0).sum() + loss).backward()
+    return leaf.grad.numpy().tobytes()
+expected = run()
+if (pid := os.fork()) == 0:
+    signal.alarm(60)
+    mmkern.softmax(x[:1], 1)  # the first op: from here on torch keeps to one thread
+    os._exit(0 if run() == expected else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), torch.get_num_threads())
+"""
+    assert fresh(script) == "0 2"
 
 
 def test_parent_keeps_its_threads_after_a_fork():

@@ -135,3 +135,14 @@ def test_inputs_stay_and_bits_repeat() -> None:
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_class_weights_with_strides(soft: bool) -> None:
+    x, target = randn(3, 6, seed=1), randn(3, 6, seed=2).softmax(1) if soft else torch.tensor([1, 5, 2])
+    weight = torch.rand(6, 2)[:, 1]
+    check(
+        lambda x: mmkern.cross_entropy(x, target.to(DEVICE), weight.to(DEVICE)),
+        lambda x: F.cross_entropy(x, target.to(x.dtype) if soft else target, weight.to(x.dtype)),
+        [x],
+    )

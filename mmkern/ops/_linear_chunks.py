@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from math import inf
 
 import torch
@@ -18,17 +17,6 @@ _GPU_BUDGET = 256 << 20  # a matmul of fewer rows leaves a GPU idle
 _BLOCK = 1024  # rows of weight whose gradient is added at a time
 _FEWEST_ROWS = 16  # of a chunk: fewer would read the whole weight for too little work
 _RUN = 32  # chunks whose gradients of weight are added in float32, before their sum is added in float64
-_PROCESS = os.getpid()
-
-
-def leave_threads() -> None:
-    """In a forked child, one thread from here on: torch's thread team stayed behind with the parent.
-
-    Its matmul would wait for the team forever, and so would what autograd does around this op in backward: casts,
-    sums and scaling of more than 32,768 elements. So the setting is not taken back.
-    """
-    if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
 
 
 def widened(dtype: torch.dtype) -> bool:

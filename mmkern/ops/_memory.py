@@ -32,6 +32,9 @@ def check_linear_loss(
     wanted: int,
 ) -> None:
     """ValueError unless `linear_cross_entropy_fwd` or its backward can run: arguments as in their schemas."""
+    for name, needed in (("hidden", hidden), ("weight", weight), ("target", target)):
+        if not isinstance(needed, Tensor) or needed.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {getattr(needed, 'layout', 'none')}")
     if hidden.dim() != 2 or weight.dim() != 2:
         raise ValueError(f"hidden, weight: expected two dims, got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     rows, classes = hidden.shape[:1], weight.shape[:1]
@@ -47,6 +50,8 @@ def check_linear_loss(
             continue
         if t.dtype not in dtypes or t.device != hidden.device:
             raise ValueError(f"{name}: expected {dtypes[0]} on {hidden.device}, got {t.dtype} on {t.device}")
+        if t.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {t.layout}")
         if t.shape != torch.Size(shape):
             raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
         check_memory(name, t)

@@ -6,6 +6,7 @@ take this call at all; if not, the reference formula runs, and `explain` says wh
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,13 @@ class _State:
         self._open: list[dict[str, Any]] = []
         self._lock = Lock()
         self._isa: str | None = None  # outside of all blocks that choose one
+        self.forked = False  # this is a forked child, whose torch has not been told to leave its threads
+        self._apply()
+
+    def fork(self, pending: bool) -> None:
+        """In a forked child, first with True; a thread of the parent may have held the lock."""
+        self._lock = Lock()
+        self.forked = pending
         self._apply()
 
     def enter(self, **fields: Any) -> dict[str, Any]:
@@ -97,13 +105,25 @@ class _State:
         # "triton" is forced and Triton runs its kernels in its interpreter, on any device
         self.interpreting: bool = self._last("interpreting", False)
         self.record: list[Choice] | None = self._last("record")
-        self.in_use = bool(self._open)  # one look per call instead of two
+        self.in_use = bool(self._open) or self.forked  # one look per call instead of three
 
     def _last(self, name: str, default: Any = None) -> Any:
         return next((fields[name] for fields in reversed(self._open) if name in fields), default)
 
 
 _state = _State()
+os.register_at_fork(after_in_child=lambda: _state.fork(True))
+
+
+def leave_threads() -> None:
+    """In a forked child, one thread from the first call on: torch's thread team stayed behind with the parent.
+
+    Its matmul would wait for the team forever, and so would the casts, copies and sums of more than 32,768 elements
+    that autograd makes around an op in backward. So the setting is not taken back.
+    """
+    if _state.forked:
+        torch.set_num_threads(1)
+        _state.fork(False)
 
 
 class Op:
@@ -242,8 +262,10 @@ class Op:
         return launcher(*args)
 
     def _choose(self, args: Values) -> Callable[..., Any]:
-        if _python_dispatch._is_in_torch_dispatch_mode and not torch.compiler.is_compiling():
-            enter_flop_formulas()
+        if not torch.compiler.is_compiling():
+            leave_threads()
+            if _python_dispatch._is_in_torch_dispatch_mode:
+                enter_flop_formulas()
         self._check_spread(args)
         devices = {args[i].device.type for i in self._tensors if args[i] is not None}
         reasons: dict[str, str] = {}
@@ -352,7 +374,8 @@ def _transformed() -> bool:
 def _recorded() -> bool:
     """Whether calls are recorded now, to run later, when another backend may have to be chosen."""
     return _get_tracing_state() is not None or (
-        torch.compiler.is_compiling() and (_state.in_use or torch.compiler.is_exporting())
+        torch.compiler.is_compiling()
+        and (_state.forced is not None or _state.record is not None or torch.compiler.is_exporting())
     )
 
 

@@ -18,12 +18,21 @@ from mmkern.ops._linear_chunks import (
     chunked_on_gpu,
     divisor_of,
     gpu_divisor,
-    leave_threads,
     rows_at_a_time,
 )
 from mmkern.ops._memory import check_linear_loss
 from mmkern.ops._numbers import integer
-from mmkern.ops.dispatch import Op, Refusal, Values, _library, _state, autocast_dtype, by_value, check_dense
+from mmkern.ops.dispatch import (
+    Op,
+    Refusal,
+    Values,
+    _library,
+    _state,
+    autocast_dtype,
+    by_value,
+    check_dense,
+    leave_threads,
+)
 from mmkern.ops.loss import _REDUCTIONS, _check_weight, _checked_options
 from mmkern.reference.gradients import formula_gradients
 from mmkern.reference.linear_loss import kept_dtype
@@ -63,6 +72,8 @@ def _backward_none(
     ignore_index: int,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    if grad_loss is None:
+        raise ValueError("grad_loss: expected a tensor, got None")
     check_linear_loss(grad_loss, hidden, weight, target, bias, class_weight, NONE, *rest)
     leave_threads()
     with torch.autocast(hidden.device.type, enabled=False):
@@ -210,8 +221,7 @@ def linear_cross_entropy(
         IndexError: a target is neither a class nor ignore_index.
 
     Gradients of a reduced loss are computed with it and kept: backward only multiplies them. Those of "none" are
-    computed in backward, from new logits. Sums over chunks lose no digits, however many there are. In a forked child
-    the first call sets torch's number of threads to 1: torch's own matmul would hang there.
+    computed in backward, from new logits. Sums over chunks lose no digits, however many there are.
 
     Source: Hsu et al., Liger Kernel, 2024.
 
