@@ -90,14 +90,33 @@ def test_refuses_a_built_model_and_its_heirs():
     class Heir(transformers.BloomForCausalLM):
         pass
 
-    with pytest.raises(ValueError, match=r"Heir computes.*BloomAttention"):
+    with pytest.raises(ValueError, match=r"(Heir|BloomConfig) computes.*BloomAttention"):
         Heir._from_config(build("bloom", "eager").config, attn_implementation="mmkern")
     model = build("bloom", "eager")
     with pytest.raises(ValueError, match="BloomForCausalLM computes"):
         model.set_attn_implementation("mmkern")
-    model.config._attn_implementation = "mmkern"
-    with pytest.raises(ValueError, match="BloomConfig computes"):
-        model(**inputs(model, "left")[0])
+    with pytest.raises(ValueError, match="BloomForCausalLM computes"):
+        model.set_attn_implementation({"": "mmkern"})
+
+
+@pytest.mark.parametrize("kind", ["bloom", "deberta", "xlnet"])
+def test_refuses_in_the_configuration_of_a_built_model(kind):
+    """Models that make their own masks never ask for ours, and would go on in eager."""
+    model = build(known(kind), "eager")
+    with pytest.raises(ValueError, match=r"Config computes its attention itself"):
+        model.config._attn_implementation = "mmkern"
+    assert model.config._attn_implementation == "eager"
+    model.config._attn_implementation_internal = "mmkern"
+    if kind == "bloom":  # and at the first call, where the mask is ours
+        with pytest.raises(ValueError, match="BloomConfig computes"):
+            model(**inputs(model, "left")[0])
+
+
+def test_a_dict_chooses_for_parts_of_a_model():
+    model = build(known("llava"), "eager")
+    model.set_attn_implementation({"text_config": "mmkern", "vision_config": "eager"})
+    config = model.config
+    assert [c._attn_implementation for c in (config.text_config, config.vision_config)] == ["mmkern", "eager"]
 
 
 @pytest.mark.architectures

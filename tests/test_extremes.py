@@ -166,6 +166,27 @@ def test_merged_parts_of_lowest_scores_in_triton() -> None:
     torch.testing.assert_close(out, v.mean(2, keepdim=True))
 
 
+@pytest.mark.parametrize("backend", [*isas(), "triton"])
+def test_log_sum_exps_that_round_away_part_of_the_keys(backend: str) -> None:
+    """Scores of 1e5 and 3e6 exactly: log 40 beside them is rounded to 2^-7 and to 0.25, and weights are 1 / 40."""
+    how = {"name": "cpu", "isa": backend}
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter's case")
+        how = {"name": "triton"}
+    tensors = {"query": torch.zeros(1, 2, 3, 16), "key": randn(1, 2, 40, 16, seed=1), "value": randn(1, 2, 40, 16)}
+    for magnitude in (-1e5, 3e6):
+        masked = {"attn_mask": torch.full((1, 40), magnitude)}
+        with mmkern.backend("reference"):
+            exact = run(tensors, masked, torch.float64)
+        with mmkern.backend(**how, strict=True):
+            found = run(tensors, masked)
+        for name in ("query", "key", "value"):
+            result = accuracy(found[name], exact[name], None, "gradient")
+            assert result.relative_l2 <= result.limit, f"{magnitude:g}: {name}: {result}"
+
+
 @pytest.mark.parametrize("magnitude", [-1e9, 1e30, -MOST])
 def test_maps(magnitude: float) -> None:
     q, k, v = (randn(1, 2, 4, 8, seed=i) for i in range(3))

@@ -61,6 +61,31 @@ def test_what_an_ignored_row_holds_reaches_no_gradient(reduction, backend, monke
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_ignored_rows_count_for_nothing(backend, monkeypatch):
+    """In the divisor of a mean, when nothing else is there, and where their loss has an infinite gradient."""
+    if backend == "gpu":
+        monkeypatch.setattr(mmkern.ops.linear_loss, "chunked", _linear_chunks.chunked_on_gpu)
+    leaves = [testing.randn(4, 3).requires_grad_(), testing.randn(5, 3, seed=2).requires_grad_()]
+    weights = [None, torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1])]
+
+    def gradients(target, grad=None, **options):
+        loss = mmkern.linear_cross_entropy(*leaves, target, chunk_size=2, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, grad)]
+
+    target = torch.tensor([1, 3, 4, 3])
+    for weight in weights:
+        found = gradients(target, ignore_index=3, class_weight=weight)
+        loss = F.cross_entropy(leaves[0] @ leaves[1].t(), target, weight, ignore_index=3)
+        torch.testing.assert_close(found, [loss.detach(), *torch.autograd.grad(loss, leaves)])
+        nothing = gradients(torch.full((4,), 3), ignore_index=3, class_weight=weight)
+        assert nothing[0].isnan()
+        assert all(not g.any() for g in nothing[1:])
+    options = {"ignore_index": 3, "reduction": "none"}
+    finite, infinite = (gradients(target, torch.tensor([1.0, x, 2.0, x]), **options) for x in (1.0, float("inf")))
+    assert all(torch.equal(a, b) for a, b in zip(finite, infinite, strict=True))
+
+
 def test_second_derivatives_sum_chunks_in_float64():
     hidden, weight = testing.randn(4096, 3, seed=1).abs(), testing.randn(5, 3, seed=2)
     target = torch.full((4096,), 2)

@@ -297,6 +297,22 @@ def test_close_vectors_keep_their_distance() -> None:
     check(case, gradients=False)
 
 
+@pytest.mark.parametrize("similarity", ["euclidean", "cosine"])
+def test_gradients_where_the_formula_has_none(similarity: str) -> None:
+    """A distance of 0 has gradient 0; a norm below 1e-12 counts as 1e-12, a constant."""
+    x = randn(1, 1, 5, 8)
+    x[:, :, 1] *= 0 if similarity == "euclidean" else 1e-13
+    value, grad = randn(1, 1, 5, 8, seed=1), randn(1, 1, 5, 8, seed=2)
+    found = []
+    for backend, dtype, device in (("reference", torch.float64, "cpu"), ("triton", torch.float32, DEVICE)):
+        leaf = x.to(device, dtype, copy=True).requires_grad_()
+        with mmkern.backend(backend, strict=True):
+            out = mmkern.scaled_dot_product_attention(leaf, leaf, value.to(device, dtype), similarity=similarity)
+            found.append(torch.autograd.grad(out, leaf, grad.to(device, dtype))[0].cpu())
+    for row in range(5):  # of 1e12 in one row
+        torch.testing.assert_close(found[1][0, 0, row].double(), found[0][0, 0, row], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 2, 35, 70, 16, 16), (3, 4, 1, 1, 600, 16, 16)], ids=str)
 def test_deterministic(shape: tuple[int, ...]) -> None:
     """Bitwise the same over repeats and batch-mates; inputs stay as they were."""

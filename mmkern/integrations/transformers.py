@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils.output_capturing import _active_collector
 
@@ -40,11 +40,13 @@ def register(name: str = "mmkern") -> None:
     """Make `attn_implementation=name` mean mmkern's attention, in every model of this process; again is harmless.
 
     From then on a model whose code does not use Transformers' attention interface refuses that name with a ValueError,
-    when it is built and in `set_attn_implementation`: it would compute its attention itself, with masks meant for
-    another's.
+    when it is built, in `set_attn_implementation` and as `config._attn_implementation`: it would compute its attention
+    itself, with masks meant for another's.
     """
     if not _names:
         model: Any = PreTrainedModel
+        config: Any = PreTrainedConfig
+        config._attn_implementation = _guard_config(config._attn_implementation)
         model.get_correct_attn_implementation = _guard_one(model.get_correct_attn_implementation)
         model.set_attn_implementation = _guard_all(model.set_attn_implementation)
     _names.add(name)
@@ -72,13 +74,44 @@ def _guard_all(original: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(original)
     def guarded(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(attn_implementation, str) and attn_implementation in _names:
-            for module in self.modules():
-                if isinstance(module, PreTrainedModel):
-                    _check_uses_interface(type(module), attn_implementation)
+        asked = _asked(self.config, attn_implementation)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                name = asked.get(id(module.config), asked[id(self.config)])
+                if name in _names:
+                    _check_uses_interface(type(module), str(name))
         original(self, attn_implementation, *args, **kwargs)
 
     return guarded
+
+
+def _asked(config: PreTrainedConfig, implementation: Any) -> dict[int, str | None]:
+    """id of a configuration and of each one in it -> the attention it is asked to use, by one name or by a dict."""
+    by_name = isinstance(implementation, dict)
+    found = {id(config): implementation.get("") if by_name else implementation}
+    for key in config.sub_configs:
+        if (inner := getattr(config, key, None)) is not None:
+            found |= _asked(inner, implementation.get(key) if by_name else implementation)
+    return found
+
+
+def _guard_config(original: property) -> property:
+    """`PreTrainedConfig._attn_implementation`, written after a model was built, refusing: eager would run, unasked."""
+
+    def guarded(self: PreTrainedConfig, value: Any) -> None:
+        name = value.get("") if isinstance(value, dict) else value
+        module_name = _modeling(self)
+        if name in _names and module_name in sys.modules and (own := _own_attention(module_name)):
+            raise ValueError(_refusal(name, type(self).__name__, own))
+        assert original.fset is not None
+        original.fset(self, value)
+
+    return original.setter(guarded)
+
+
+def _modeling(config: Any) -> str:
+    """The name of the module of a configuration's models."""
+    return type(config).__module__.replace(".configuration_", ".modeling_")
 
 
 def _check_uses_interface(model: type, name: str) -> None:
@@ -157,7 +190,7 @@ def attention_mask(
     mask is no more than causal, or hides padding on the right, or both, it is a `ToldMask`, which takes no memory
     and lets attention skip what is hidden.
     """
-    own, knows_sdpa = _about(type(config).__module__.replace(".configuration_", ".modeling_"))
+    own, knows_sdpa = _about(_modeling(config))
     if own:  # a configuration was given the name after its model had been built
         raise ValueError(_refusal(config._attn_implementation, type(config).__name__, own))
     kind = torch.bool if knows_sdpa else dtype
