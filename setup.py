@@ -63,13 +63,14 @@ class NinjaBuild(build_ext):
         per_isa = {f".{isa}": f"{flags} -DMMKERN_ISA={isa}" for isa, flags in ISAS.items()}
         flags = FLAGS + options("-I", ROOT / "csrc")
         ninja, objects = RULES.format(cxx=cxx, flags=flags, torch=options("-L", torch / "lib")), []
-        ninja += CUDA["rules"](nvcc, cxx, ROOT / "csrc", torch, options) if cuda else ""
+        root = Path("../../..") if cuda else ROOT  # seen from `out`: nvcc takes a dollar in a path for a variable
+        ninja += CUDA["rules"](nvcc, cxx, root / "csrc", torch, options) if cuda else ""
         for source in map(Path, ext.sources):
             host = per_python if source.parent.name == "csrc" else once
             for suffix, extra in (per_isa if source.name.endswith(".isa.cpp") else host).items():
                 objects.append(f"{source.name}{suffix}.o")
                 rule = "nvcc" if source.suffix == ".cu" else "cxx"
-                ninja += f"build {objects[-1]}: {rule} {escaped(ROOT / source)}\n extra = {extra}\n"
+                ninja += f"build {objects[-1]}: {rule} {escaped(root / source)}\n extra = {extra}\n"
         library, link = Path(self.get_ext_fullpath(ext.name)).resolve(), "link_cuda" if cuda else "link"
         ninja += f"build {escaped(library)}: {link} {' '.join(objects)}\n"
         out = ROOT / "build" / sysconfig.get_platform() / ext.name
