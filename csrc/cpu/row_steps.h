@@ -10,9 +10,11 @@ inline Vec load_part(const T* p, int n) {
   return n == kLanes ? load(p) : load_n(p, n);
 }
 
-// A sum of any number of vectors: 64 in float32, and what these add up to in double.
+constexpr int64_t kNear =
+    64;  // so many parts of a sum are added in float32, and sums of them in double
+
+// A sum of any number of vectors.
 class LongSum {
-  static constexpr int64_t kNear = 64;
   Vec near_ = zero();
   double far_[kLanes];
   int64_t count_ = 0;

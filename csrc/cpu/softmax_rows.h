@@ -97,25 +97,31 @@ inline int64_t row_count(const SoftmaxArgs& a) {
 // asks for `next`, n elements that will be read soon.
 template <class T, bool kKeep, class S>
 double write_exp(const S* x, float shift, float* e, const T* next, int64_t n) {
-  LongSum total;
-  int64_t j = 0;
-  while (j + kLanes <= n) {
-    Vec part = zero();
-    const int64_t end = smaller(n - kLanes, j + (kSumVecs - 1) * kLanes);
-    for (; j <= end; j += kLanes) {
-      if (next) __builtin_prefetch(next + j);
-      const Vec v = exp_to<T>(load(x + j) - set1(shift));
-      if (kKeep) store(e + j, v);
-      part = part + v;
+  double total = 0.0;
+  for (int64_t j = 0;;) {
+    Vec near = zero();  // not a LongSum, whose lanes in memory cost a row of 128 elements a third
+    for (int64_t parts = 0; parts < kNear && j + kLanes <= n; ++parts) {
+      Vec part = zero();
+      const int64_t end = smaller(n - kLanes, j + (kSumVecs - 1) * kLanes);
+      for (; j <= end; j += kLanes) {
+        if (next) __builtin_prefetch(next + j);
+        const Vec v = exp_to<T>(load(x + j) - set1(shift));
+        if (kKeep) store(e + j, v);
+        part = part + v;
+      }
+      near = near + part;
     }
-    total.add(part);
+    if (j + kLanes <= n) {
+      total += reduce_add(near);
+      continue;
+    }
+    if (const int left = int(n - j)) {
+      const Vec v = exp_to<T>(load_n(x + j, left) - set1(shift));
+      if (kKeep) store_n(e + j, v, left);
+      near = near + select(first_n(left), v, zero());
+    }
+    return total + reduce_add(near);
   }
-  if (const int left = int(n - j)) {
-    const Vec v = exp_to<T>(load_n(x + j, left) - set1(shift));
-    if (kKeep) store_n(e + j, v, left);
-    total.add(select(first_n(left), v, zero()));
-  }
-  return total.total();
 }
 
 // out[j] = result(j, n), past the caches where the output would not stay there. What a result is
