@@ -1,4 +1,6 @@
-"""How results are judged: the accuracy rule, test inputs and poisoned outputs that tests and benchmarks share.
+"""How results are judged, and on what: the accuracy rule, test inputs, attention's features, poisoned outputs.
+
+Tests, benchmarks and the resource table of the kernels share them.
 
 The rule: against a float64 reference on the same (already rounded) inputs, the largest error is at most 2x
 (forward) or 3x (gradients) that of torch's own op in the same dtype, plus a few units in the last place of
@@ -8,7 +10,8 @@ exactly where the reference is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +135,83 @@ def randn(
         storage[1:] = x.flatten()
         return storage[1:].view(size)
     return x.expand(shape)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the attention call that a row of FEATURES makes its options for; on "meta" its tensors have no memory."""
+
+    batch: int = 2
+    heads: int = 4
+    q_len: int = 33
+    k_len: int = 70
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def bias(self) -> Tensor:
+        """A score to add for each (batch, head, query, key)."""
+        shape = (self.batch, self.heads, self.q_len, self.k_len)
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return randn(*shape, dtype=self.dtype, seed=4).to(self.device)
+
+    @property
+    def keep(self) -> Tensor:
+        """Which keys a query sees: seven of ten."""
+        return self.bias > -0.5
+
+    def per_head(self, *values: float) -> Tensor:
+        return torch.tensor(values).repeat(-(-self.heads // len(values)))[: self.heads].to(self.device)
+
+    def lengths(self, *of_70: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The part of the keys that each sequence has, in 70ths."""
+        some = torch.tensor(of_70, dtype=dtype) * self.k_len // 70
+        return some.repeat(-(-self.batch // len(of_70)))[: self.batch].to(self.device)
+
+
+# Everything that attention does beside softmax(q k^T) v: name -> options of the public function. A window of 2^40 and
+# slopes of each batch entry are among them because a kernel treats them otherwise.
+FEATURES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "plain": lambda s: {},
+    "cosine": lambda s: {"similarity": "cosine", "temperature": 7.5},
+    "cosine, learned": lambda s: {"similarity": "cosine", "temperature": s.per_head(0.5, 2.0, 9.0, -3.0)},
+    "euclidean": lambda s: {"similarity": "euclidean"},
+    "squared_euclidean": lambda s: {"similarity": "squared_euclidean", "scale": 0.05},
+    "temperature of one": lambda s: {"temperature": torch.tensor(2.5, device=s.device)},
+    "negative scale": lambda s: {"scale": -0.3},
+    "zero scale": lambda s: {"scale": 0.0},
+    "bool mask": lambda s: {"attn_mask": s.keep},
+    "bool mask of keys": lambda s: {"attn_mask": s.keep[:, :1, :1]},
+    "bool mask of queries": lambda s: {"attn_mask": s.keep[:, :1, :, :1]},
+    "bool mask of heads": lambda s: {"attn_mask": s.keep[0, :, :1]},
+    "float mask": lambda s: {"attn_mask": s.bias},
+    "float mask, one for the batch": lambda s: {"attn_mask": s.bias[:1]},
+    "float mask (L, S)": lambda s: {"attn_mask": s.bias[0, 0]},
+    "float mask with holes": lambda s: {"attn_mask": s.bias.masked_fill(~s.keep, -math.inf)},
+    "float mask, transposed": lambda s: {"attn_mask": s.bias.mT.contiguous().mT},
+    "causal": lambda s: {"is_causal": True},
+    "causal, lower right": lambda s: {"is_causal": True, "causal_alignment": "lower_right"},
+    "window": lambda s: {"window": (9, 3)},
+    "window to the left": lambda s: {"window": (5, 0), "causal_alignment": "lower_right"},
+    "window, half open": lambda s: {"window": (None, 2)},
+    "window without bounds": lambda s: {"window": (2**40, 2**40)},
+    "softcap": lambda s: {"softcap": 1.5, "scale": 1.0},
+    "alibi": lambda s: {"alibi_slopes": s.per_head(0.5, 0.25, 0.125, 0.0)},
+    "alibi of each batch": lambda s: {
+        "alibi_slopes": randn(s.batch, s.heads, seed=5).abs().to(s.device),
+        "causal_alignment": "lower_right",
+    },
+    "lengths": lambda s: {"key_lengths": s.lengths(70, 31)},
+    "lengths, one empty": lambda s: {"key_lengths": s.lengths(0, 1, dtype=torch.int32)},
+    "lengths, lower right": lambda s: {
+        "key_lengths": s.lengths(41, 20),
+        "is_causal": True,
+        "causal_alignment": "lower_right",
+    },
+    "sinks": lambda s: {"sinks": s.per_head(0.0, 3.0, -math.inf, -2.0)},
+    "dropout": lambda s: {"dropout_p": 0.1},
+}
 
 
 @contextmanager

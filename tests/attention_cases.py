@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmkern.reference.philox import keep_mask
-from mmkern.testing import isas, randn
+from mmkern.testing import FEATURES, Sizes, isas, randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIMILARITIES = ("dot", "cosine", "euclidean", "squared_euclidean")
@@ -123,42 +123,8 @@ def tensors(dtype: torch.dtype = torch.float32, batch=2, heads=4, kv_heads=2, q_
     )
 
 
-BIAS = randn(2, 4, 33, 70, seed=4)
-KEEP = BIAS > -0.5
-ALONE = {
-    "cosine": {"similarity": "cosine", "temperature": 7.5},
-    "cosine, learned": {"similarity": "cosine", "temperature": torch.tensor([0.5, 2.0, 9.0, -3.0])},
-    "euclidean": {"similarity": "euclidean"},
-    "squared_euclidean": {"similarity": "squared_euclidean", "scale": 0.05},
-    "temperature of one": {"temperature": torch.tensor(2.5)},
-    "negative scale": {"scale": -0.3},
-    "zero scale": {"scale": 0.0},
-    "bool mask": {"attn_mask": KEEP},
-    "bool mask of keys": {"attn_mask": KEEP[:, :1, :1]},
-    "bool mask of queries": {"attn_mask": KEEP[:, :1, :, :1]},
-    "bool mask of heads": {"attn_mask": KEEP[0, :, :1]},
-    "float mask": {"attn_mask": BIAS},
-    "float mask (L, S)": {"attn_mask": BIAS[0, 0]},
-    "float mask with holes": {"attn_mask": BIAS.masked_fill(~KEEP, -math.inf)},
-    "float mask, transposed": {"attn_mask": BIAS.mT.contiguous().mT},
-    "causal": {"is_causal": True},
-    "causal, lower right": {"is_causal": True, "causal_alignment": "lower_right"},
-    "window": {"window": (9, 3)},
-    "window to the left": {"window": (5, 0), "causal_alignment": "lower_right"},
-    "window, half open": {"window": (None, 2)},
-    "window without bounds": {"window": (2**40, 2**40)},
-    "softcap": {"softcap": 1.5, "scale": 1.0},
-    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0])},
-    "alibi of each batch": {"alibi_slopes": randn(2, 4, seed=5).abs(), "causal_alignment": "lower_right"},
-    "lengths": {"key_lengths": torch.tensor([70, 31])},
-    "lengths, one empty": {"key_lengths": torch.tensor([0, 1], dtype=torch.int32)},
-    "lengths, lower right": {
-        "key_lengths": torch.tensor([41, 20]),
-        "is_causal": True,
-        "causal_alignment": "lower_right",
-    },
-    "sinks": {"sinks": torch.tensor([0.0, 3.0, -math.inf, -2.0])},
-}
+BIAS, KEEP = Sizes().bias, Sizes().keep  # of the sizes of `tensors`
+ALONE = {name: options(Sizes()) for name, options in FEATURES.items()}
 
 
 @st.composite

@@ -1,19 +1,26 @@
 """Settings that have to be made before a test imports anything: Triton's interpreter, and threads of each process.
 
-`pytest --ptx 90 tests/test_triton_softmax.py` runs, in the interpreter's place, what Triton compiles for a capability.
+`pytest --ptx 90 tests/test_softmax.py -k triton` runs, in the interpreter's place, what Triton compiles for a capability.
+
+A kernel takes Triton's interpreter, or the emulator of CUDA C++, some hundred times as long as a CPU. So of the cases of
+one test that differ in dtype alone these run one, another from row to row of the table, and none of a row marked `large`.
+`pytest -m interpreter` runs the rest; on a GPU nothing is left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar, cast
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+DTYPES = 3  # float32, bfloat16 and float16, in this order wherever `dtype` is a parameter beside `backend`
+T = TypeVar("T")
 
 # pytest-xdist starts several processes: threads of all of them together are as many as the cores.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
@@ -31,6 +38,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available() and config.getoption("--ptx") is None:
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def left_out(item: pytest.Item) -> bool:
+    """Whether a case has its turn only with `-m interpreter`."""
+    spec = getattr(item, "callspec", None)
+    if spec is None or not getattr(spec.params.get("backend"), "slow", False):
+        return False
+    if "dtype" not in spec.params:
+        return item.get_closest_marker("large") is not None
+    turn = sum(place for name, place in spec.indices.items() if name not in ("backend", "dtype"))
+    return item.get_closest_marker("large") is not None or (turn - spec.indices["dtype"]) % DTYPES != 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if left_out(item):
+            item.add_marker("interpreter")
+
+
+class Once:
+    """once(compute): what a case needs on every backend alike, computed for the first of them and kept for the next."""
+
+    case: tuple[object, ...] | None = None
+    kept: list[object]
+
+    def __init__(self, case: tuple[object, ...]) -> None:
+        if Once.case != case:
+            Once.case, Once.kept = case, []
+        self._next = 0
+
+    def __call__(self, compute: Callable[[], T]) -> T:
+        if self._next == len(Once.kept):
+            Once.kept.append(compute())
+        self._next += 1
+        return cast("T", Once.kept[self._next - 1])
+
+
+@pytest.fixture
+def once(request: pytest.FixtureRequest) -> Once:
+    rest = {name: str(value) for name, value in request.node.callspec.params.items() if name != "backend"}
+    return Once((request.path, request.function.__name__, *sorted(rest.items())))
 
 
 @pytest.fixture(autouse=True)
