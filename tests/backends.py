@@ -7,7 +7,8 @@ emulated, on CPU tensors; both take some hundred times as long as a kernel of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor
 
 import mmkern
 from mmkern.ops import dispatch
-from mmkern.testing import isas, poisoned
+from mmkern.reference.philox import keep_mask
+from mmkern.testing import accuracy, isas, poisoned
 
-# Public ops that CUDA C++ has every kernel of, forward and backward; of the others test_backends.py asserts the refusal.
+# Public ops of which CUDA C++ has every kernel, forward and backward. What it has none of is refused: test_backends.py.
 WITH_CUDA = {"softmax", "log_softmax"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_GPU = torch.cuda.is_available()
@@ -43,6 +45,8 @@ class Backend:
 
     def __str__(self) -> str:
         return f"{self.name}-{self.isa}" if self.isa else self.name
+
+    __repr__ = __str__
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
@@ -107,3 +111,58 @@ def backends(op: str, only: Sequence[str] = ("cpu", "triton", "cuda")) -> list[A
     if op in WITH_CUDA and emulated.levels():
         found.append(Backend("cuda"))
     return [pytest.param(backend, id=str(backend)) for backend in found if backend.name in only]
+
+
+def factors(shape: tuple[int, ...], dropout_p: float) -> Tensor | float:
+    """What dropout multiplies elements of a row op by after manual_seed(7)."""
+    if not dropout_p:
+        return 1.0
+    torch.manual_seed(7)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    keep = keep_mask(seed, dropout_p, (1,) * max(0, 3 - len(shape)) + shape, torch.device("cpu")).view(shape)
+    return keep.double() / (1 - dropout_p) if dropout_p < 1 else keep.double()
+
+
+def outcome(call: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of all inputs, on the CPU; dropout drops the same each time."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    torch.manual_seed(7)
+    out = call(*leaves)
+    return [t.detach().cpu() for t in (out, *torch.autograd.grad(out, leaves, grad.to(out.dtype)))]
+
+
+def hold(
+    backend: Backend,
+    once: Callable[[Callable[[], Any]], Any],
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    cancels: bool = False,
+) -> Tensor:
+    """Output and gradients of `ours` on a backend, by the rule; the output, for what else a test asks of it.
+
+    theirs: torch's formula: exact in float64, the yardstick in the inputs' dtype.
+    cancels: gradients may be exactly 0 (of what shifts a whole row), or a small rest of larger terms; there the norm of
+        the error has nothing to be held against but torch's own.
+    """
+
+    def expected() -> tuple[list[Tensor], list[Tensor]]:
+        exact = outcome(theirs, [t.double() for t in inputs], grad.double())
+        with mmkern.backend("reference"):
+            return exact, outcome(lambda *a: theirs(*a).to(grad.dtype), inputs, grad)
+
+    exact, baseline = once(expected)
+    with backend:
+        found = outcome(ours, [backend.to(t) for t in inputs], backend.to(grad))
+    for i, (mine, wanted, base) in enumerate(zip(found, exact, baseline, strict=True)):
+        result = accuracy(mine, wanted, base, "gradient" if i else "forward", grad.dtype)
+        limit = result.limit
+        if cancels and i:
+            of_torch = accuracy(base, wanted, None, "gradient", grad.dtype).relative_l2
+            limit = math.inf if not (wanted.abs() >= 1e-12).any() else max(limit, 1.1 * of_torch)
+        what = f"{'gradient' if i else 'output'} {i}: {result}"
+        assert result.same_nonfinite, what
+        assert result.max_error <= result.bound, what
+        assert result.relative_l2 <= limit, what
+    return found[0]

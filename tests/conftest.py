@@ -1,10 +1,10 @@
 """Settings that have to be made before a test imports anything: Triton's interpreter, and threads of each process.
 
-`pytest --ptx 90 tests/test_softmax.py -k triton` runs, in the interpreter's place, what Triton compiles for a capability.
+`pytest --ptx 90 tests/test_softmax.py -k triton` runs, in the interpreter's place, what Triton compiles for sm_90.
 
-A kernel takes Triton's interpreter, or the emulator of CUDA C++, some hundred times as long as a CPU. So of the cases of
-one test that differ in dtype alone these run one, another from row to row of the table, and none of a row marked `large`.
-`pytest -m interpreter` runs the rest; on a GPU nothing is left out.
+A kernel takes Triton's interpreter, or the emulator of CUDA C++, some hundred times as long as a CPU. So of the cases
+of one test that differ in dtype alone these run one, another from row to row of the table, and none of a row marked
+`large`. `pytest -m interpreter` runs the rest; on a GPU nothing is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-DTYPES = 3  # float32, bfloat16 and float16, in this order wherever `dtype` is a parameter beside `backend`
 T = TypeVar("T")
 
 # pytest-xdist starts several processes: threads of all of them together are as many as the cores.
@@ -40,22 +39,28 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def left_out(item: pytest.Item) -> bool:
-    """Whether a case has its turn only with `-m interpreter`."""
-    spec = getattr(item, "callspec", None)
-    if spec is None or not getattr(spec.params.get("backend"), "slow", False):
-        return False
-    if "dtype" not in spec.params:
-        return item.get_closest_marker("large") is not None
-    turn = sum(place for name, place in spec.indices.items() if name not in ("backend", "dtype"))
-    return item.get_closest_marker("large") is not None or (turn - spec.indices["dtype"]) % DTYPES != 0
+def turn(row: int) -> int:
+    """Which dtype a row takes: the sum of its ternary digits, so that it changes along every axis of a table."""
+    return row % 3 + turn(row // 3) if row else 0
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests: dict[object, dict[object, list[pytest.Item]]] = {}  # -> row of its table -> the cases of each dtype
     for item in items:
-        if left_out(item):
+        spec = getattr(item, "callspec", None)
+        if spec is None or not getattr(spec.params.get("backend"), "slow", False):
+            continue
+        if item.get_closest_marker("large"):
             item.add_marker("interpreter")
+        elif "dtype" in spec.params:
+            given = {name: repr(value) for name, value in spec.params.items() if name != "dtype"}
+            rows = tests.setdefault((item.path, item.originalname, given.pop("backend")), {})
+            rows.setdefault(tuple(given.items()), []).append(item)
+    for rows in tests.values():
+        for i, cases in enumerate(rows.values()):
+            for left_out in set(cases) - {cases[turn(i) % len(cases)]}:
+                left_out.add_marker("interpreter")
 
 
 class Once:

@@ -1,287 +1,245 @@
-"""softmax, log_softmax and masked_softmax against float64, on every instruction set, dtype, dim and layout."""
+"""softmax, log_softmax and masked_softmax with their gradients: one table over every backend, against float64.
+
+What torch asks of an op beside numbers (errors, compile, opcheck, what is kept) is in test_softmax_machinery.py.
+"""
+
+from __future__ import annotations
 
 import math
 
 import pytest
 import torch
+from backends import DTYPES, Backend, backends, factors, hold
+from softmax_cases import LARGE, MASKED_SHAPES, OPS, SHAPES, TERMS, masked, pairs, terms
+from torch import Tensor
 
 import mmkern
-from mmkern import testing
+from mmkern.testing import LAYOUTS, assert_accurate, randn
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = {"softmax": (mmkern.softmax, torch.softmax), "log_softmax": (mmkern.log_softmax, torch.log_softmax)}
-SHAPES = [((5,), 0), ((3, 1), 1), ((3, 1), 0), ((7, 33), 1), ((7, 33), 0), ((2, 5, 200), 1), ((2, 3, 17, 5), 0)]
-SHAPES += [((1100, 70), 0), ((3, 1200, 4), 1), ((2, 6, 7, 13), 1), ((4, 9, 2, 64), 1)]
-SHAPES += [((2, 5, 4, 70), -2), ((5, 49, 49), 2), ((2, 70001), 1), ((0, 4), 1), ((4, 0), 1), ((), 0)]
+EACH = backends("softmax")
+CPUS = backends("softmax", ["cpu"])
+MASKED = backends("masked_softmax")
 
 
-def kernels(isa):
-    return mmkern.backend("cpu", strict=True, isa=isa)
-
-
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "dim"), SHAPES)
-def test_matches_float64(name, dtype, shape, dim):
-    ours, torchs = OPS[name]
-    for layout in testing.LAYOUTS:
-        x = testing.randn(*shape, dtype=dtype, layout=layout, scale=3.0)
-        exact, baseline = torchs(x.double(), dim), torchs(x, dim)
-        for isa in testing.isas():
-            with kernels(isa), testing.poisoned():
-                y = ours(x, dim)
-                out = torch.empty_like(y)
-                assert ours(x, dim, out=out) is out
-            testing.assert_accurate(y, exact, baseline)
-            assert y.stride() == baseline.stride()
-            assert torch.equal(y, out)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
+def test_values(name: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, backend: Backend, once) -> None:
+    """In every layout; the same into a given output, and in the layout of torch's."""
+    ours, theirs = OPS[name]
+    for layout in LAYOUTS:
+        x = randn(*shape, dtype=dtype, layout=layout, scale=3.0)
+        grad = randn(*shape, dtype=dtype, layout="strided" if layout == "expanded" else layout, seed=1)
+        found = hold(backend, once, lambda x: ours(x, dim), lambda x: theirs(x, dim), [x], grad, cancels=True)
+        with backend:
+            out = torch.empty(shape, dtype=dtype, device=backend.device)
+            assert ours(backend.to(x), dim, out=out) is out
+        assert torch.equal(out.cpu(), found)
+        assert found.stride() == theirs(x, dim).stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("backend", EACH)
+@pytest.mark.parametrize("name", OPS)
+def test_a_gradient_of_stride_zero(name: str, backend: Backend, once) -> None:
+    ours, theirs = OPS[name]
+    for dim in range(3):
+        for layout in LAYOUTS if not backend.slow else LAYOUTS[dim : dim + 1]:
+            inputs, grad = [randn(4, 21, 18, layout=layout)], torch.tensor(0.5).expand(4, 21, 18)
+            call, formula = (lambda x, op=op, d=dim: op(x, d) for op in (ours, theirs))
+            hold(backend, lambda compute: compute(), call, formula, inputs, grad, cancels=True)
+
+
+@pytest.mark.parametrize("backend", EACH)
+def test_a_row_of_one(backend: Backend) -> None:
+    x = randn(3, 1).to(backend.device).requires_grad_()
+    with backend:
+        for (ours, _), want in zip(OPS.values(), (1.0, 0.0), strict=True):
+            y = ours(x, 1)
+            assert y.eq(want).all()
+            assert torch.autograd.grad(y, x, torch.ones_like(y))[0].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("cols", [9001, 75001])
-def test_outputs_larger_than_the_cache(dtype, cols):
-    x = testing.randn((9 << 20) // dtype.itemsize // cols, cols, dtype=dtype, layout="offset")  # streamed from 8 MiB
-    exact, baseline = torch.softmax(x.double(), 1), torch.softmax(x, 1)
-    for isa in testing.isas():
-        with kernels(isa), testing.poisoned():
-            given = torch.empty_like(baseline)  # written past the caches; a fresh one is not
-            testing.assert_accurate(mmkern.softmax(x, 1, out=given), exact, baseline)
-            testing.assert_accurate(mmkern.log_softmax(x, 1, out=given), exact.log(), baseline.log())
-            testing.assert_accurate(mmkern.masked_softmax(x), exact, baseline)
+def test_outputs_larger_than_the_cache(dtype: torch.dtype, cols: int, backend: Backend, once) -> None:
+    def computed() -> list[Tensor]:
+        x = randn((9 << 20) // dtype.itemsize // cols, cols, dtype=dtype, layout="offset")  # streamed from 8 MiB
+        exact, baseline = torch.softmax(x.double(), 1), torch.softmax(x, 1)
+        return [x, exact, baseline, exact.log(), baseline.log()]
+
+    x, exact, baseline, *logs = once(computed)
+    with backend:
+        given = torch.empty_like(baseline)  # written past the caches; a fresh one is not
+        assert_accurate(mmkern.softmax(x, 1, out=given), exact, baseline)
+        assert_accurate(mmkern.log_softmax(x, 1, out=given), *logs)
+        assert_accurate(mmkern.masked_softmax(x), exact, baseline)
 
 
-def terms(shape, dtype):
-    """Masks and biases of every kind, shape and layout that broadcast to `shape`."""
-    draw = torch.Generator().manual_seed(1)
-    full, last = torch.rand(shape, generator=draw), torch.rand(shape[-1:], generator=draw)
-    column = torch.rand((*shape[:-1], 1), generator=draw)
-    strided = torch.stack([full, full], -1).flatten(-2)[..., ::2]
-    masks = [None, full > 0.3, last > 0.3, column > 0.3, strided > 0.3, full, (last - 0.5).to(dtype)]
-    masks.append(torch.where(full > 0.3, 0.0, -torch.inf))
-    return [(mask, bias) for mask in masks for bias in (None, last, column.to(dtype))]
+def check_masked(
+    x: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    dim: int,
+    dropout_p: float,
+    backend: Backend,
+    once,
+) -> None:
+    """With gradients of x and of every float term, in the term's shape."""
+    given = [t if t is None or t.dtype == torch.bool else t.to(x.dtype) for t in kept]
+    learned = [t is not None and t.is_floating_point() for t in given]
+    factor = once(lambda: factors(tuple(x.shape), dropout_p))
+
+    def parts(leaves: tuple[Tensor, ...], device: str) -> list[Tensor | None]:
+        left = iter(leaves)
+        terms = (next(left) if leaf else t for leaf, t in zip(learned, kept, strict=True))
+        return [t if t is None else t.to(device) for t in terms]
+
+    def ours(x: Tensor, *leaves: Tensor) -> Tensor:
+        mask, bias = parts(leaves, backend.device)
+        return mmkern.masked_softmax(x, mask, scale=scale, bias=bias, dim=dim, dropout_p=dropout_p)
+
+    def formula(x: Tensor, *leaves: Tensor) -> Tensor:
+        mask, bias = parts(leaves, "cpu")
+        return masked(x, mask, bias, scale, dim, factor)
+
+    grad = randn(*x.shape, dtype=x.dtype, seed=1)
+    leaves = [t for t, leaf in zip(given, learned, strict=True) if leaf]
+    hold(backend, once, ours, formula, [x, *leaves], grad, cancels=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "dim"), [((3, 4, 49), -1), ((2, 33, 70), 1), ((5, 130), 0)])
-def test_masked_matches_float64(dtype, shape, dim):
-    x = testing.randn(*shape, dtype=dtype, layout="transposed", scale=2.0)
-    for mask, bias in terms(shape, dtype):
+@LARGE
+@pytest.mark.parametrize("backend", MASKED)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TERMS)
+def test_masked_softmax(name: str, dtype: torch.dtype, dropout_p: float, backend: Backend, once) -> None:
+    for layout in ("contiguous", "transposed"):
+        x = randn(3, 4, 9, 50, dtype=dtype, layout=layout, scale=2.0)
+        check_masked(backend, once, x, TERMS[name], 0.5, -1, dropout_p)
+
+
+@pytest.mark.parametrize("backend", MASKED)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), MASKED_SHAPES, ids=str)
+def test_masked_shapes(
+    shape: tuple[int, ...], dim: int, dtype: torch.dtype, dropout_p: float, backend: Backend, once
+) -> None:
+    for i, kept in enumerate(terms(shape, dtype)):
+        x = randn(*shape, dtype=dtype, layout=LAYOUTS[i % 5])
+        check_masked(backend, once, x, kept, 0.7, dim, dropout_p)
+
+
+@LARGE
+@pytest.mark.parametrize("backend", MASKED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((3, 4, 49), -1), ((2, 33, 70), 1), ((5, 130), 0)], ids=str)
+def test_masks_beside_biases(shape: tuple[int, ...], dim: int, dtype: torch.dtype, backend: Backend, once) -> None:
+    x = randn(*shape, dtype=dtype, layout="transposed", scale=2.0)
+    for mask, bias in pairs(shape, dtype):
         wide = [t if t is None or t.dtype == torch.bool else t.double() for t in (mask, bias)]
         with mmkern.backend("reference"):
-            exact = mmkern.masked_softmax(x.double(), wide[0], scale=0.7, bias=wide[1], dim=dim)
-            baseline = mmkern.masked_softmax(x, mask, scale=0.7, bias=bias, dim=dim)
-        for isa in testing.isas():
-            with kernels(isa), testing.poisoned():
-                y = mmkern.masked_softmax(x, mask, scale=0.7, bias=bias, dim=dim)
-            testing.assert_accurate(y, exact, baseline)
+            exact = once(lambda w=wide: mmkern.masked_softmax(x.double(), w[0], scale=0.7, bias=w[1], dim=dim))
+            baseline = once(lambda m=mask, b=bias: mmkern.masked_softmax(x, m, scale=0.7, bias=b, dim=dim))
+        given = [backend.to(t) for t in (x, mask, bias)]
+        with backend:
+            y = mmkern.masked_softmax(given[0], given[1], scale=0.7, bias=given[2], dim=dim)
+        assert_accurate(y.cpu(), exact, baseline)
 
 
-def test_masked_reference_is_softmax_of_filled_scores():
-    x, keep, bias = testing.randn(4, 5, 9).double(), torch.rand(5, 9) > 0.4, torch.randn(9).double()
+@LARGE
+@pytest.mark.parametrize("backend", MASKED)
+def test_masked_softmax_along_other_dims(backend: Backend, once) -> None:
+    for dim in range(3):
+        x, bias, grad = randn(20, 33, 18), randn(33, 1, seed=1), randn(20, 33, 18, seed=2)
+        factor = factors((20, 33, 18), 0.2)
+        hold(
+            backend,
+            once,
+            lambda x, b, dim=dim: mmkern.masked_softmax(x, bias=b, dim=dim, dropout_p=0.2),
+            lambda x, b, dim=dim, factor=factor: (x + b).softmax(dim) * factor,
+            [x, bias],
+            grad,
+            cancels=True,
+        )
+
+
+@pytest.mark.parametrize("backend", MASKED)
+@pytest.mark.parametrize("dropout_p", [0.1, 1.0])
+def test_dropped_elements(dropout_p: float, backend: Backend) -> None:
+    """Those that the generator says, along the last dim and another."""
+    keep = factors((4, 30, 50), dropout_p)
+    for dim in (2, 1):
+        with backend:
+            torch.manual_seed(7)
+            x = torch.zeros(4, 30, 50, device=backend.device)
+            found = mmkern.masked_softmax(x, dim=dim, dropout_p=dropout_p).cpu()
+        torch.testing.assert_close(found.double() * found.shape[dim], keep, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", EACH)
+def test_huge_values_and_shift_invariance(backend: Backend) -> None:
+    x = randn(6, 1000, scale=1e4)
+    whole = randn(6, 1000).mul(8).round()
+    with backend:
+        for ours, theirs in OPS.values():
+            assert_accurate(ours(x.to(backend.device), 1).cpu(), theirs(x.double(), 1), theirs(x, 1))
+        first, shifted = (mmkern.softmax(t.to(backend.device), 1) for t in (whole, whole + 64.0))
+        sums = mmkern.softmax(x.to(backend.device), 1).sum(1).cpu()
+    assert torch.equal(first, shifted)
+    torch.testing.assert_close(sums, torch.ones(6))
+
+
+@pytest.mark.parametrize("backend", EACH)
+def test_in_place_and_strided_outputs(backend: Backend) -> None:
+    for shape, dim in (((33, 100), 0), ((33, 100), 1), ((2, 40001), 1)):
+        for call, theirs in OPS.values():
+            x = randn(*shape).to(backend.device)
+            with backend:
+                expected, inside = call(x, dim), x.clone()
+                assert call(inside, dim, out=inside) is inside
+                across = torch.empty(shape[::-1], device=backend.device).T
+                call(x, dim, out=across)
+                wide = torch.full((shape[0], 2 * shape[1]), 7.0, device=backend.device)
+                call(x, dim, out=wide[:, ::2])
+                assert torch.equal(call(x, dim, out=torch.empty(0, device=backend.device)), expected)
+            assert torch.equal(inside, expected)
+            torch.testing.assert_close(expected.cpu(), theirs(x.cpu(), dim))
+            torch.testing.assert_close(across, expected)
+            torch.testing.assert_close(wide[:, ::2], expected)
+            assert (wide[:, 1::2] == 7.0).all()
+
+
+@pytest.mark.parametrize("backend", EACH)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_outputs_that_share_memory_with_the_input(dim: int, backend: Backend) -> None:
+    with backend:
+        for step in (1, 40, -1, -40):  # the output begins that many elements after the input
+            memory = randn(1700).to(backend.device)
+            x, out = memory[50:1650].view(40, 40), memory[50 + step : 1650 + step].view(40, 40)
+            expected = torch.softmax(x, dim)
+            torch.testing.assert_close(mmkern.softmax(x, dim, out=out), expected)
+        x = randn(40, 40).to(backend.device)
+        expected = torch.log_softmax(x, dim)
+        torch.testing.assert_close(mmkern.log_softmax(x, dim, out=x.t()), expected)
+
+
+@pytest.mark.parametrize("backend", EACH)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_beside_other_rows(dtype: torch.dtype, backend: Backend) -> None:
+    x = randn(5, 3, 700, dtype=dtype).to(backend.device)
+    with backend:
+        for call, _ in OPS.values():
+            whole = call(x, -1)
+            assert torch.equal(call(x, -1), whole)
+            assert torch.equal(call(x[2:3], -1), whole[2:3])
+
+
+def test_the_reference_is_softmax_of_filled_scores() -> None:
+    x, keep, bias = randn(4, 5, 9).double(), torch.rand(5, 9) > 0.4, torch.randn(9).double()
     keep[:, 0] = True
     y = mmkern.masked_softmax(x, keep, scale=0.3, bias=bias)
     torch.testing.assert_close(y, torch.softmax((x * 0.3 + bias).masked_fill(~keep, -math.inf), -1))
-
-
-@pytest.mark.parametrize("isa", testing.isas())
-@pytest.mark.parametrize("dim", [0, 1])
-def test_nan_and_infinity(isa, dim):
-    x = testing.randn(40, 40, scale=2.0)
-    x[3, 3], x[7, 9], x[:, 20], x[20, :] = torch.nan, torch.inf, -torch.inf, -torch.inf
-    with kernels(isa):
-        for ours, torchs in OPS.values():
-            testing.assert_accurate(ours(x, dim), torchs(x.double(), dim), torchs(x, dim))
-        keep = x.isfinite()
-        exact = torch.softmax(x.double().masked_fill(~keep, -torch.inf), dim).nan_to_num(0.0)
-        for mask in (keep, torch.where(keep, 0.0, -torch.inf)):  # nothing leaks from behind the mask
-            y = mmkern.masked_softmax(x, mask, dim=dim)
-            testing.assert_accurate(y, exact)
-            assert not y[~keep].any()
-        seen = mmkern.masked_softmax(x, torch.ones_like(keep), dim=dim).select(1 - dim, 3)
-        assert seen.isnan().all()  # a visible NaN takes its row
-
-
-@pytest.mark.parametrize("isa", testing.isas())
-def test_huge_values_and_shift_invariance(isa):
-    x = testing.randn(6, 1000, scale=1e4)
-    with kernels(isa):
-        for ours, torchs in OPS.values():
-            testing.assert_accurate(ours(x, 1), torchs(x.double(), 1), torchs(x, 1))
-        whole = testing.randn(6, 1000).mul(8).round()
-        assert torch.equal(mmkern.softmax(whole, 1), mmkern.softmax(whole + 64.0, 1))
-        torch.testing.assert_close(mmkern.softmax(x, 1).sum(1), torch.ones(6))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_deterministic_over_threads_and_batch_mates(dtype):
-    x, keep = testing.randn(64, 20, 300, dtype=dtype), torch.rand(20, 300) > 0.2
-    before = torch.get_num_threads()
-    calls = [lambda t: mmkern.softmax(t, -1), lambda t: mmkern.softmax(t, 1), lambda t: mmkern.log_softmax(t, -1)]
-    calls.append(lambda t: mmkern.masked_softmax(t, keep))
-    try:
-        for call in calls:
-            torch.set_num_threads(1)
-            expected, copy = call(x), x.clone()
-            for threads in (1, 2, 4):
-                torch.set_num_threads(threads)
-                assert torch.equal(call(x), expected)
-                assert torch.equal(call(x[5:7]), expected[5:7])
-            assert torch.equal(x, copy)
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_long_rows_are_the_same_however_they_are_shared_out(dtype):
-    x = testing.randn(6, 70001, dtype=dtype)
-    before = torch.get_num_threads()
-    try:
-        for call in (mmkern.softmax, mmkern.log_softmax):
-            torch.set_num_threads(1)
-            expected = call(x, 1)
-            for threads in (1, 2, 4):
-                torch.set_num_threads(threads)
-                assert torch.equal(call(x, 1), expected)  # a row to each thread
-                assert torch.equal(call(x[2:4], 1), expected[2:4])  # chunks of a row to each
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("isa", testing.isas())
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("shape", "dim"), [((2, 70001), 1), ((1100, 20), 0)])
-def test_nan_and_infinity_in_long_rows(isa, op, shape, dim):
-    ours, torchs = OPS[op]
-    for places in (
-        {5: torch.nan},
-        {-1: torch.nan},
-        {5: torch.inf},
-        {1060: -torch.inf},
-        {1060: torch.inf, 3: torch.nan},
-    ):
-        for rest in (None, -torch.inf):  # a row with nothing else in it, too
-            x = testing.randn(*shape, scale=2.0)
-            row = x.select(1 - dim, 1)
-            if rest is not None:
-                row.fill_(rest)
-            for at, value in places.items():
-                row[at] = value
-            with kernels(isa):
-                testing.assert_accurate(ours(x, dim), torchs(x.double(), dim), torchs(x, dim))
-
-
-@pytest.mark.parametrize("call", [mmkern.softmax, mmkern.log_softmax])
-def test_in_place_and_strided_outputs(call):
-    x = testing.randn(33, 100)
-    for dim in (0, 1):
-        expected = call(x, dim)
-        wide = torch.full((33, 200), 7.0)
-        call(x, dim, out=wide[:, ::2])
-        torch.testing.assert_close(wide[:, ::2], expected)
-        assert (wide[:, 1::2] == 7.0).all()
-        assert torch.equal(call(x, dim, out=torch.empty(0)), expected)
-        assert torch.equal(call(copy := x.clone(), dim, out=copy), expected)
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_outputs_that_share_memory_with_the_input(dim):
-    for step in (1, 40, -1, -40):  # the output begins that many elements after the input
-        memory = testing.randn(1700)
-        x, out = memory[50:1650].view(40, 40), memory[50 + step : 1650 + step].view(40, 40)
-        expected = torch.softmax(x, dim)
-        torch.testing.assert_close(mmkern.softmax(x, dim, out=out), expected)
-    x = testing.randn(40, 40)
-    expected = torch.log_softmax(x, dim)
-    torch.testing.assert_close(mmkern.log_softmax(x, dim, out=x.t()), expected)
-
-
-@pytest.mark.parametrize("mask_dim", [(7, 1, 5), (1, 5), (1, 1), (7, 6, 1), (5,), ()])
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_gradient_of_broadcast_terms(mask_dim, dim):
-    x, bias = testing.randn(7, 6, 5).double(), testing.randn(*mask_dim).double().requires_grad_()
-    weight = testing.randn(7, 6, 5, seed=2).double()
-    (actual,) = torch.autograd.grad((mmkern.masked_softmax(x, bias=bias, dim=dim) * weight).sum(), bias)
-    (expected,) = torch.autograd.grad((torch.softmax(x + bias, dim) * weight).sum(), bias)
-    torch.testing.assert_close(actual, expected)
-    float_x, float_bias = x.float(), bias.detach().float()
-    testing.assert_accurate(
-        mmkern.masked_softmax(float_x, bias=float_bias, dim=dim), torch.softmax(float_x.double() + float_bias, dim)
-    )
-
-
-def test_dtype_is_converted_first():
-    x = torch.arange(6).reshape(2, 3)
-    assert torch.equal(mmkern.softmax(x, 1, torch.float32), mmkern.softmax(x.float(), 1))
-    assert mmkern.log_softmax(x.half(), 1, dtype=torch.float64).dtype == torch.float64
-
-
-def masked(x, dim):
-    return mmkern.masked_softmax(x, torch.arange(x.shape[-1]) != 1, dim=dim)
-
-
-@pytest.mark.parametrize("call", [mmkern.softmax, mmkern.log_softmax, masked])
-def test_gradients_compile_and_vmap(call):
-    x = testing.randn(3, 4, 5).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: call(t, 1), (x,))
-    assert torch.autograd.gradgradcheck(lambda t: call(t, 1), (x,))
-    x = testing.randn(4, 7).requires_grad_()
-    (expected,) = torch.autograd.grad(call(x, 1).square().sum(), x)
-    compiled = torch.compile(lambda t: call(t * 1.0, 1), fullgraph=True)
-    torch.testing.assert_close(compiled(x), call(x, 1))
-    (actual,) = torch.autograd.grad(compiled(x).square().sum(), x)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.vmap(lambda t: call(t, 0))(x.detach()), call(x.detach(), 1))
-
-
-def test_opcheck():
-    x, keep = testing.randn(3, 4), torch.rand(3, 4) > 0.5
-    for name in ("softmax_fwd", "log_softmax_fwd"):
-        torch.library.opcheck(getattr(torch.ops.mmkern, name).default, (x, 1))
-    for name in ("softmax_out", "log_softmax_out"):
-        torch.library.opcheck(getattr(torch.ops.mmkern, name).default, (x, 1, torch.empty_like(x)))
-    torch.library.opcheck(torch.ops.mmkern.masked_softmax_fwd.default, (x, keep, 1.0, None, 1, 0.0, None))
-
-
-def test_masked_dropout_keeps_the_expectation_and_follows_the_seed():
-    x = torch.zeros(64, 512)
-    torch.manual_seed(3)
-    y = mmkern.masked_softmax(x, dropout_p=0.25)
-    assert y.unique().tolist() == pytest.approx([0.0, 1 / 512 / 0.75])
-    assert abs((y > 0).float().mean().item() - 0.75) < 0.01  # 32768 draws: 4 standard deviations
-    torch.manual_seed(3)
-    assert torch.equal(mmkern.masked_softmax(x, dropout_p=0.25), y)
-    assert not mmkern.masked_softmax(x, dropout_p=1.0).any()
-
-
-X = torch.zeros(3, 4)
-ERRORS = [
-    (lambda: mmkern.softmax([1.0], 0), TypeError, "input"),
-    (lambda: mmkern.softmax(X.int(), 0), TypeError, "input.*int32"),
-    (lambda: mmkern.softmax(X, 2), IndexError, r"dim.*\[-2, 1\].*\(3, 4\)"),
-    (lambda: mmkern.log_softmax(X, -3), IndexError, "dim"),
-    (lambda: mmkern.softmax(X, None), TypeError, "dim"),
-    (lambda: mmkern.softmax(X, True), TypeError, "dim"),
-    (lambda: mmkern.softmax(X, 1, torch.int64), TypeError, "dtype.*int64"),
-    (lambda: mmkern.softmax(X, 1, "float32"), TypeError, "dtype.*float32"),
-    (lambda: mmkern.softmax(X, 1, out=[0.0]), TypeError, "out.*list"),
-    (lambda: mmkern.softmax(X, 1, out=torch.zeros(4).expand(3, 4)), ValueError, r"out.*\(0, 1\).*twice"),
-    (lambda: mmkern.softmax(X, 1, out=torch.zeros(3, 3)), ValueError, r"out.*\(3, 4\).*\(3, 3\)"),
-    (lambda: mmkern.softmax(X, 1, out=X.double()), ValueError, "out.*float32.*float64"),
-    (lambda: mmkern.softmax(X, 1, out=X.clone().requires_grad_()), ValueError, "out.*grad"),
-    (lambda: mmkern.masked_softmax(X, torch.ones(5) > 0), ValueError, r"mask.*\(5,\).*\(3, 4\)"),
-    (lambda: mmkern.masked_softmax(X, torch.ones(2, 3, 4) > 0), ValueError, "mask"),
-    (lambda: mmkern.masked_softmax(X, torch.ones(4, dtype=torch.int64)), TypeError, "mask.*int64"),
-    (lambda: mmkern.masked_softmax(X, bias=torch.ones(4) > 0), TypeError, "bias.*bool"),
-    (lambda: mmkern.masked_softmax(X, bias=torch.ones(4, device="meta")), ValueError, "bias.*meta.*cpu"),
-    (lambda: mmkern.masked_softmax(X, scale=math.nan), ValueError, "scale.*nan"),
-    (lambda: mmkern.masked_softmax(X, scale="1"), TypeError, "scale"),
-    (lambda: mmkern.masked_softmax(X, dropout_p=1.5), ValueError, "dropout_p.*1.5"),
-    (lambda: mmkern.masked_softmax(X, dropout_p=math.nan), ValueError, "dropout_p.*nan"),
-    (lambda: mmkern.masked_softmax(X, dim=2), IndexError, "dim"),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "words"), ERRORS)
-def test_bad_arguments(call, error, words):
-    with pytest.raises(error, match=words):
-        call()
