@@ -78,14 +78,7 @@ def test_outputs_larger_than_the_cache(dtype: torch.dtype, cols: int, backend: B
 
 
 def check_masked(
-    x: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    dim: int,
-    dropout_p: float,
-    backend: Backend,
-    once,
+    backend: Backend, once, x: Tensor, kept: tuple[Tensor | None, ...], scale: float, dim: int, dropout_p: float
 ) -> None:
     """With gradients of x and of every float term, in the term's shape."""
     given = [t if t is None or t.dtype == torch.bool else t.to(x.dtype) for t in kept]
