@@ -161,6 +161,7 @@ def hold(
         if cancels and i:
             of_torch = accuracy(base, wanted, None, "gradient", grad.dtype).relative_l2
             limit = math.inf if not (wanted.abs() >= 1e-12).any() else max(limit, 1.1 * of_torch)
+        assert mine.dtype == base.dtype
         what = f"{'gradient' if i else 'output'} {i}: {result}"
         assert result.same_nonfinite, what
         assert result.max_error <= result.bound, what
