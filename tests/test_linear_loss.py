@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import DTYPES, backends, hold
 from torch.func import grad
 
 import mmkern
 from mmkern import testing
 from mmkern.benchmarks.memory import peak_bytes
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
 TARGET = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(0))
 TARGET[0, ::3] = -100
@@ -69,6 +69,25 @@ def test_matches_float64(dtype, reduction, layout):
         wide = {**options, "class_weight": CLASS_WEIGHT.double() if weighted else None}
         for a, e in zip(loss_and_gradients(ours, inputs, torch.float64, **wide), exact, strict=True):
             torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("backend", backends("linear_cross_entropy"))
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_backend(dtype, reduction, backend, once):
+    """Chunks of 7 of 20 rows, some of them ignored."""
+    inputs = [
+        testing.randn(20, 16, dtype=dtype),
+        testing.randn(50, 16, dtype=dtype, seed=1),
+        testing.randn(50, dtype=dtype, seed=2),
+    ]
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    grad = testing.randn(*(TARGET[0].shape if reduction == "none" else ()), dtype=dtype, seed=5)
+
+    def call(*leaves):
+        return ours(*leaves, target=backend.to(TARGET[0]), chunk_size=7, **options)
+
+    hold(backend, once, call, lambda *leaves: eager(*leaves, target=TARGET[0], **options), inputs, grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import DTYPES, backends
 from torch.func import grad, jvp, vmap
 
 import mmkern
@@ -44,9 +45,9 @@ def test_gradcheck(name):
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
+@pytest.mark.parametrize("backend", backends("cross_entropy"))
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("isa", testing.isas())
-def test_second_derivatives_of_the_kernel(name, isa):
+def test_second_derivatives_of_the_kernel(name, backend):
     target, options = CALLS[name]
 
     def second(call, x, target, options):
@@ -60,8 +61,9 @@ def test_second_derivatives_of_the_kernel(name, isa):
     exact = second(
         F.cross_entropy, X.double(), target if target.dtype == torch.int64 else target.double(), in_double(options)
     )
-    with mmkern.backend("cpu", strict=True, isa=isa):
-        found = second(mmkern.cross_entropy, X, target, options)
+    with backend:
+        moved = {n: backend.to(option) for n, option in options.items()}
+        found = [t.cpu() for t in second(mmkern.cross_entropy, backend.to(X), backend.to(target), moved)]
     for a, e, b in zip(found, exact, second(F.cross_entropy, X, target, options), strict=True):
         testing.assert_accurate(a, e, b, "gradient")
 
@@ -90,9 +92,10 @@ def test_retained_graphs_and_two_losses_on_the_same_logits(dtype, name):
         torch.autograd.grad(other, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", backends("cross_entropy"))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["rows", "columns", "turned"])
-def test_any_gradient_of_the_loss(dtype, layout):
+def test_any_gradient_of_the_loss(dtype, layout, backend):
     x = {"rows": testing.randn(24, 9), "columns": testing.randn(2, 9, 12), "turned": testing.randn(9, 24).t()}[layout]
     x = x.to(dtype)
     target = torch.randint(0, 9, (x.shape[0], *x.shape[2:]), generator=torch.Generator().manual_seed(0))
@@ -103,26 +106,25 @@ def test_any_gradient_of_the_loss(dtype, layout):
         testing.randn(*shape[::-1]).movedim(0, -1) if len(shape) > 1 else testing.randn(48)[::2],
     ]
     grads += [torch.tensor(0.5).expand(shape)]
-    for isa in testing.isas():
-        for grad_loss in grads:
-            g = grad_loss.to(dtype)
-            copy = g.clone()
-            with mmkern.backend("cpu", strict=True, isa=isa), testing.poisoned():
-                leaves = leaf(x)
-                loss = mmkern.cross_entropy(leaves, target, reduction="none")
-                kept = torch.autograd.grad(loss, leaves, g, retain_graph=True)[0]
-                found = torch.autograd.grad(loss, leaves, g)[0]
-            assert torch.equal(kept, found)
-            assert torch.equal(g, copy)
-            exact, baseline = (leaf(x.double()), leaf(x))
-            for t in (exact, baseline):
-                F.cross_entropy(t, target, reduction="none").backward(g.to(t.dtype))
-            testing.assert_accurate(found, exact.grad, baseline.grad, "gradient")
-    with mmkern.backend("cpu", strict=True):
-        leaves = leaf(x)
-        mmkern.cross_entropy(leaves, target, reduction="none").sum().backward()
-        expected = leaf(x)
-        mmkern.cross_entropy(expected, target, reduction="sum").backward()
+    for grad_loss in grads:
+        g = backend.to(grad_loss.to(dtype))
+        copy = g.clone()
+        with backend:
+            leaves = leaf(backend.to(x))
+            loss = mmkern.cross_entropy(leaves, backend.to(target), reduction="none")
+            kept = torch.autograd.grad(loss, leaves, g, retain_graph=True)[0]
+            found = torch.autograd.grad(loss, leaves, g)[0]
+        assert torch.equal(kept, found)
+        assert torch.equal(g, copy)
+        exact, baseline = (leaf(x.double()), leaf(x))
+        for t in (exact, baseline):
+            F.cross_entropy(t, target, reduction="none").backward(g.to(t))
+        testing.assert_accurate(found.cpu(), exact.grad, baseline.grad, "gradient")
+    with backend:
+        leaves = leaf(backend.to(x))
+        mmkern.cross_entropy(leaves, backend.to(target), reduction="none").sum().backward()
+        expected = leaf(backend.to(x))
+        mmkern.cross_entropy(expected, backend.to(target), reduction="sum").backward()
     assert torch.equal(leaves.grad, expected.grad)
 
 
