@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
+from backends import DTYPES, backends, hold
+from position_cases import ROTARY
 
 import mmkern
 from mmkern import reference, testing
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["half", "interleaved"]
 op = torch.ops.mmkern
 
@@ -32,40 +33,69 @@ def eager(q, positions=None, base=1e4, layout="half", rotary_dim=None, grid=None
     return torch.cat([x * angle.cos().to(q.dtype) + turned * angle.sin().to(q.dtype), rest], -1)
 
 
-CASES = [
-    # q shape, k shape, options
-    ((2, 4, 35, 64), (2, 2, 35, 64), {}),
-    ((1, 8, 70, 128), (1, 2, 70, 128), {"base": 500000.0}),
-    ((2, 3, 9, 50), (2, 1, 9, 50), {"rotary_dim": 26}),
-    ((3, 2, 1, 6), (3, 2, 1, 6), {"rotary_dim": 2}),
-    ((2, 2, 35, 24), (2, 1, 35, 24), {"grid": (5, 7)}),
-    ((2, 2, 12, 44), (2, 2, 12, 44), {"grid": (3, 4), "rotary_dim": 36}),
-    ((5, 16), (5, 16), {}),
-    ((3, 7, 10), (2, 7, 10), {}),
-    ((2, 3, 2, 7, 34), (2, 1, 2, 7, 34), {}),
-    ((2, 3, 0, 8), (2, 1, 0, 8), {}),
-    ((0, 3, 4, 8), (0, 1, 4, 8), {}),
-]
+EACH = backends("rotary")
 
 
-@pytest.mark.parametrize("isa", testing.isas())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_matches_definition(isa, dtype, layout):
-    for i, (q_shape, k_shape, options) in enumerate(CASES):
-        for memory in (testing.LAYOUTS[i % 5], "transposed"):
-            q = testing.randn(*q_shape, dtype=dtype, layout=memory, seed=i)
-            k = testing.randn(*k_shape, dtype=dtype, seed=i + 50)
-            with mmkern.backend("cpu", strict=True, isa=isa), testing.poisoned():
-                out = mmkern.rotary(q, k, layout=layout, **options)
-                alone = mmkern.rotary(q, layout=layout, **options)
-            assert torch.equal(out[0], alone)
-            if memory == "transposed" and len(q_shape) <= 4:
-                assert out[0].stride() == q.stride()
-            for x, turned in zip((q, k), out, strict=True):
-                options["layout"] = layout
-                testing.assert_accurate(turned, exact(x, **options), eager(x, **options))
-                del options["layout"]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("q_shape", "k_shape", "options"), ROTARY, ids=str)
+def test_values(q_shape, k_shape, options, dtype, layout, backend, once):
+    """Both at once, with gradients; q alone gives the same."""
+
+    def both(q, k):
+        given = {n: x.to(q.device) if torch.is_tensor(x) else x for n, x in options.items()}
+        out = mmkern.rotary(q, k, layout=layout, **given)
+        assert q.dtype == torch.float64 or torch.equal(mmkern.rotary(q, layout=layout, **given), out[0])
+        return torch.cat([t.flatten() for t in out])
+
+    place = len(q_shape) + q_shape[-1]
+    for memory in (testing.LAYOUTS[place % 5], "transposed"):
+        q = testing.randn(*q_shape, dtype=dtype, layout=memory, seed=place)
+        k = testing.randn(*k_shape, dtype=dtype, seed=place + 50)
+        found = hold(backend, once, both, both, [q, k], testing.randn(q.numel() + k.numel(), dtype=dtype, seed=2))
+        for x, turned in zip((q, k), found.split([q.numel(), k.numel()]), strict=True):
+            want, base = (of(x, **options, layout=layout) for of in (exact, eager))
+            testing.assert_accurate(turned.view(x.shape), want, base)
+    if len(q_shape) <= 4:
+        with backend:
+            assert mmkern.rotary(backend.to(q), layout=layout).stride() == q.stride()
+
+
+@pytest.mark.parametrize("backend", EACH)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(dtype, layout, backend, once):
+    """Both at once, and each alone beside one that needs no gradient."""
+
+    def formula(q, k):
+        angle = torch.arange(9).double()[:, None] * 100.0 ** (-torch.arange(0, 16, 2).double() / 16)
+        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+
+        def turn(x):
+            a, b = x[..., :8], x[..., 8:16]
+            return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 16:]], -1)
+
+        return torch.cat([turn(q), turn(k)], 1)
+
+    q, k = (
+        testing.randn(2, 4, 9, 20, dtype=dtype, layout=layout),
+        testing.randn(2, 2, 9, 20, dtype=dtype, layout=layout, seed=1),
+    )
+    grad = testing.randn(2, 6, 9, 20, dtype=dtype, seed=2, layout=layout)
+
+    def ours(q, k):
+        return torch.cat(mmkern.rotary(q, k, base=100.0, rotary_dim=16), 1)
+
+    hold(backend, once, ours, formula, [q, k], grad)
+    hold(backend, once, lambda q: ours(q, backend.to(k)), lambda x: formula(x, k.to(x)), [q], grad)
+    hold(backend, once, lambda x: ours(backend.to(q), x), lambda x: formula(q.to(x), x), [k], grad)
+    for layout_of_pairs in ("half", "interleaved"):  # turned back it is what it was
+        with backend:
+            leaf = backend.to(q.float()).requires_grad_()
+            turned = mmkern.rotary(leaf, layout=layout_of_pairs, grid=(3, 3))
+            (back,) = torch.autograd.grad(turned, leaf, turned)
+        torch.testing.assert_close(back, leaf)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
