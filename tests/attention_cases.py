@@ -1,98 +1,47 @@
-"""What attention is tested on: a second formula, its features alone, and random calls that combine them."""
+"""What attention is tested on: shapes, its features alone, and random calls that combine them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-import torch.nn.functional as F
+from attention_formula import formula
+from backends import DTYPES, Backend, backends
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmkern.reference.philox import keep_mask
-from mmkern.testing import FEATURES, Sizes, isas, randn
+import mmkern
+from mmkern.testing import FEATURES, Sizes, accuracy, randn
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGE = pytest.mark.large
+EACH = backends("scaled_dot_product_attention")
+REFERENCE = Backend("reference")
+# What random calls are drawn for: an interpreter takes minutes for a head dim of 256.
+FAST = [REFERENCE, *(backend for (backend,), *_ in EACH if not backend.slow)]
+# Sums over all rows and keys that largely cancel: rounding a bfloat16 output alone can cost 1% of what is left, and
+# how far torch's float32 sum is off is luck. One of the two limits of the rule must hold.
+TOTALS = ("temperature", "alibi_slopes", "sinks")
+# batch, heads, kv_heads, q_len, k_len, head_dim, value_dim
+SHAPES = [
+    (1, 1, 1, 1, 1, 1, 1), (2, 3, 3, 5, 7, 8, 8), (1, 2, 2, 6, 130, 3, 5), (1, 2, 1, 20, 130, 72, 72),
+    (1, 4, 2, 63, 65, 16, 40), (1, 1, 1, 130, 70, 80, 1), (1, 1, 1, 70, 70, 20, 129), (1, 1, 1, 7, 37, 256, 256),
+    (1, 1, 1, 17, 33, 520, 16), (5, 1, 1, 2, 2, 160, 20), (1, 4, 2, 1, 600, 64, 64), (1, 1, 1, 3, 600, 128, 128),
+    (2, 3, 3, 0, 5, 8, 8), (2, 3, 3, 5, 0, 8, 8), (0, 3, 3, 5, 6, 8, 8), (2, 0, 0, 5, 6, 8, 8), (1, 2, 2, 5, 6, 0, 8),
+    (1, 2, 2, 5, 6, 8, 0),
+    *(pytest.param(shape, marks=LARGE) for shape in (
+        (1, 1, 1, 16, 16, 64, 64), (3, 2, 2, 49, 49, 32, 32), (1, 2, 1, 48, 257, 72, 72), (2, 4, 2, 63, 65, 16, 40),
+        (1, 6, 2, 64, 64, 128, 128), (1, 1, 1, 130, 300, 80, 1), (1, 2, 2, 257, 63, 96, 64),
+        (1, 1, 1, 300, 300, 20, 129), (1, 2, 1, 65, 130, 129, 160), (1, 1, 1, 7, 257, 256, 256),
+        (2, 5, 1, 1, 48, 64, 64), (1, 8, 2, 1, 1200, 64, 64), (1, 2, 2, 3, 600, 128, 128), (1, 8, 2, 1, 3000, 64, 64),
+        (2, 2, 2, 3, 2500, 128, 128),
+    )),
+]  # fmt: skip
 SIMILARITIES = ("dot", "cosine", "euclidean", "squared_euclidean")
 LENGTHS = (0, 1, 2, 5, 6, 7, 48, 49, 63, 64, 65, 130, 257, 300)
 HEAD_DIMS = (1, 3, 8, 16, 20, 32, 64, 72, 80, 96, 128, 129, 160, 256)
-
-
-class Fused(torch.autograd.Function):
-    """(softmax(scores) * factor) @ v and the log-sum-exp, with the backward of fused kernels, torch's among them.
-
-    That one takes the sum of weights times their gradients from the output, and so rounds otherwise than autograd.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, factor: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
-        weights = torch.exp(scores - lse[:, None].nan_to_num(neginf=0.0))
-        out = (weights * factor) @ v
-        ctx.save_for_backward(weights, factor, v, out)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, Tensor]:
-        weights, factor, v, out = ctx.saved_tensors
-        delta = (grad_out * out).sum(-1, keepdim=True) - grad_lse[:, None]
-        return weights * (grad_out @ v.T * factor - delta), None, (weights * factor).T @ grad_out
-
-
-def formula(q: Tensor, k: Tensor, v: Tensor, o: dict) -> tuple[Tensor, Tensor]:
-    """What `scaled_dot_product_attention(q, k, v, **o)` documents, in q's dtype, one batch and head at a time."""
-    factor = torch.ones(())
-    if dropout_p := o.get("dropout_p", 0.0):
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
-        keep = keep_mask(seed, dropout_p, (*q.shape[:-1], k.shape[-2]), q.device)
-        factor = keep / (1 - dropout_p) if dropout_p < 1 else keep
-    factor = factor.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
-    (batch, heads, q_len, dim), (_, kv_heads, k_len, _) = q.shape, k.shape
-    similarity = o.get("similarity", "dot")
-    scale = o.get("scale")
-    if scale is None:
-        scale = 1 / math.sqrt(dim) if similarity == "dot" else 1.0
-    i, j = torch.arange(q_len)[:, None], torch.arange(k_len)[None, :]
-    outs, lses = [], []
-    for b in range(batch):
-        n = k_len if o.get("key_lengths") is None else int(o["key_lengths"].expand(batch)[b])
-        offset = n - q_len if o.get("causal_alignment") == "lower_right" else 0
-        left, right = o.get("window") or (None, None)
-        hidden = (j >= n).expand(q_len, k_len).clone()
-        hidden |= (j > i + offset) if o.get("is_causal") else False
-        hidden |= (j < i + offset - left) if left is not None else False
-        hidden |= (j > i + offset + right) if right is not None else False
-        for h in range(heads):
-            x, y, z = q[b, h], k[b, h * kv_heads // heads], v[b, h * kv_heads // heads]
-            if similarity == "dot":
-                s = x @ y.T
-            elif similarity == "cosine":
-                s = F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
-            else:
-                s = -torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-                s = s if similarity == "euclidean" else -s.square()
-            t = o.get("temperature")
-            s = s * scale * (1.0 if t is None else t if isinstance(t, float) else t.to(s).expand(heads)[h])
-            s = s if o.get("softcap") is None else o["softcap"] * torch.tanh(s / o["softcap"])
-            if o.get("alibi_slopes") is not None:
-                s = s - o["alibi_slopes"].to(s).expand(batch, heads)[b, h] * (i + offset - j).abs()
-            gone = hidden
-            if o.get("attn_mask") is not None:
-                m = o["attn_mask"].expand(batch, heads, q_len, k_len)[b, h]
-                s = s if m.dtype == torch.bool else s + m.to(s)
-                gone = hidden | (~m if m.dtype == torch.bool else m == -math.inf)
-            s = s.masked_fill(gone, -math.inf)
-            f = factor[b, h]
-            if o.get("sinks") is not None:  # a key of value 0
-                s = torch.cat([s, o["sinks"][h].to(s).expand(q_len, 1)], -1)
-                f, z = (F.pad(t, pad) for t, pad in ((f, (0, 1)), (z, (0, 0, 0, 1))))
-            out, lse = Fused.apply(s, f, z)
-            outs.append(out)
-            lses.append(lse)
-    if not outs:
-        return q.new_zeros(batch, heads, q_len, v.shape[-1]), q.new_zeros(batch, heads, q_len)
-    return torch.stack(outs).unflatten(0, (batch, heads)), torch.stack(lses).unflatten(0, (batch, heads))
 
 
 class Case:
@@ -128,7 +77,7 @@ ALONE = {name: options(Sizes()) for name, options in FEATURES.items()}
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Case, str]:
+def cases(draw: st.DrawFn) -> tuple[Case, Backend]:
     def pick(*choices: object) -> object:
         return draw(st.sampled_from(choices))
 
@@ -163,4 +112,71 @@ def cases(draw: st.DrawFn) -> tuple[Case, str]:
         "sinks": pick(None, None, randn(heads, seed=seed)),
         "causal_alignment": pick("upper_left", "lower_right"),
     }
-    return Case(q, k, v, options), pick(*isas(), None)
+    return Case(q, k, v, options), pick(*FAST)
+
+
+def sees_several(case: Case) -> bool:
+    """Whether some query sees two keys or more. Else weights are 1, and gradients the rounding of their exponents."""
+    zeros = Case(case.q[..., :1] * 0, case.k[..., :1] * 0, case.v[..., :1] * 0, {}).cast(torch.float64)
+    options = {n: case.options.get(n) for n in ("is_causal", "causal_alignment", "window", "key_lengths")}
+    if (mask := case.options.get("attn_mask")) is not None:
+        options["attn_mask"] = mask if mask.dtype == torch.bool else mask > -math.inf
+    _, lse = formula(zeros.q, zeros.k, zeros.v, options)
+    return bool((lse > 0.5).any())
+
+
+def qkv(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> list[Tensor]:
+    batch, heads, kv_heads, q_len, k_len, dim, v_dim = shape
+    sizes = ((batch, heads, q_len, dim), (batch, kv_heads, k_len, dim), (batch, kv_heads, k_len, v_dim))
+    return [randn(*size, dtype=dtype, layout=layout, seed=seed) for seed, size in enumerate(sizes)]
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+    return mmkern.scaled_dot_product_attention(q, k, v, **options, return_lse=True)
+
+
+def run(
+    op: Callable, case: Case, grads: tuple[Tensor, Tensor] | None = None, backend: Backend = REFERENCE
+) -> dict[str, Tensor]:
+    """Output, log-sum-exp and, given theirs, the gradients of q, k, v and every float option, on the CPU."""
+    leaves = {"q": case.q, "k": case.k, "v": case.v}
+    leaves |= {n: x for n, x in case.options.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    leaves = {n: backend.to(x.detach()).requires_grad_(grads is not None) for n, x in leaves.items()}
+    options = {n: leaves.get(n, backend.to(x)) for n, x in case.options.items()}
+    torch.manual_seed(7)
+    with backend:
+        out, lse = op(leaves["q"], leaves["k"], leaves["v"], options)
+        found = {"out": out, "lse": lse}
+        if grads is not None:
+            of_both = [backend.to(g).to(t.dtype) for g, t in zip(grads, (out, lse), strict=True)]
+            found |= zip(leaves, torch.autograd.grad((out, lse), list(leaves.values()), of_both), strict=True)
+    return {name: t.detach().cpu() for name, t in found.items()}
+
+
+def hold(
+    backend: Backend, once: Callable, case: Case, gradients: bool = True, layout: str = "contiguous"
+) -> dict[str, Tensor]:
+    """A case on a backend, by the rule: the reference in float64, the formula above in float32 as the yardstick."""
+    dtype, shape = case.q.dtype, (*case.q.shape[:-1], case.v.shape[-1])
+    grads = (randn(*shape, dtype=dtype, seed=8, layout=layout), randn(*shape[:-1], seed=9)) if gradients else None
+    exact = once(lambda: run(ours, case.cast(torch.float64), grads))
+    baseline = once(lambda: run(formula, case.cast(torch.float32), grads))
+    found = run(ours, case, grads, backend)
+    for name, actual in found.items():
+        kind = "forward" if name in ("out", "lse") else "gradient"
+        expected = torch.float32 if name == "lse" else case.options[name].dtype if name in case.options else dtype
+        assert actual.dtype == expected, name
+        rule = torch.float32 if name == "lse" else dtype
+        result = accuracy(actual, exact[name], baseline[name].to(rule), kind, rule)
+        near = result.max_error <= result.bound
+        # A gradient that is 0 but for float64's rounding has no relative error.
+        average = result.relative_l2 <= result.limit or exact[name].norm() < 1e-12
+        good = (near or average) if name in TOTALS else near and average
+        assert good, f"{name}: {result}"
+        assert result.same_nonfinite, f"{name}: {result}"
+    return found
+
+
+def alone(compute: Callable[[], Any]) -> Any:
+    """In the place of `once`, for what only one backend is asked."""
+    return compute()

@@ -1,65 +1,21 @@
-"""Attention's gradients: every kernel against the float64 reference, which finite differences hold to its own."""
+"""Attention's gradients beside torch's, of masks over several blocks, and by finite differences."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import ALONE, BIAS, DTYPES, KEEP, Case, cases, formula, tensors
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from attention_cases import BIAS, EACH, KEEP, Case, alone, hold, ours, run, tensors
+from backends import DTYPES, Backend
 from torch import Tensor
 
 import mmkern
 from mmkern import scaled_dot_product_attention as attention
-from mmkern.testing import LAYOUTS, accuracy, assert_accurate, isas, poisoned, randn
+from mmkern.testing import accuracy, assert_accurate, randn
 
-# Sums over all rows and keys that largely cancel: rounding a bfloat16 output alone can cost 1% of what is left, and
-# how far torch's float32 sum is off is luck. One of the two limits of the rule must hold.
-TOTALS = ("temperature", "alibi_slopes", "sinks")
-
-
-def ours(q: Tensor, k: Tensor, v: Tensor, options: dict) -> tuple[Tensor, Tensor]:
-    return attention(q, k, v, **options, return_lse=True)
-
-
-def gradients(op: Callable, case: Case, grad_out: Tensor, grad_lse: Tensor) -> dict[str, Tensor]:
-    """Gradients of q, k, v and every float option, the same elements dropped each time."""
-    leaves = {"q": case.q, "k": case.k, "v": case.v}
-    leaves |= {n: x for n, x in case.options.items() if isinstance(x, Tensor) and x.is_floating_point()}
-    leaves = {n: x.detach().requires_grad_() for n, x in leaves.items()}
-    options = {n: leaves.get(n, x) for n, x in case.options.items()}
-    torch.manual_seed(7)
-    out, lse = op(leaves["q"], leaves["k"], leaves["v"], options)
-    grads = grad_out.to(out.dtype), grad_lse.to(lse.dtype)
-    found = torch.autograd.grad((out, lse), list(leaves.values()), grads)
-    return dict(zip(leaves, found, strict=True))
-
-
-def check(case: Case, which: tuple[str, ...] = (), layout: str = "contiguous") -> None:
-    """Every instruction set (or `which`) against the reference in float64; torch's ops in float32 are the yardstick."""
-    dtype, shape = case.q.dtype, (*case.q.shape[:-1], case.v.shape[-1])
-    grads = randn(*shape, dtype=dtype, seed=8, layout=layout), randn(*shape[:-1], seed=9)
-    exact = gradients(ours, case.cast(torch.float64), *grads)
-    baseline = gradients(formula, case.cast(torch.float32), *grads)
-    for isa in which or isas():
-        with mmkern.backend("cpu", isa=isa, strict=True), poisoned():
-            found = gradients(ours, case, *grads)
-        for name, gradient in found.items():
-            result = accuracy(gradient, exact[name], baseline[name].to(dtype), "gradient", dtype)
-            near, average = result.max_error <= result.bound, result.relative_l2 <= result.limit
-            good = (near or average) if name in TOTALS else near and average
-            assert good, f"{name} on {isa}: {result}"
-            assert result.same_nonfinite, f"{name} on {isa}: {result}"
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ALONE)
-def test_alone(name: str, dtype: torch.dtype) -> None:
-    check(Case(*tensors(dtype), {"enable_gqa": True, **ALONE[name]}))
+LAST = [backend for backend in EACH if backend.values[0].name == "cpu"][-1:]
 
 
 MASK = randn(2, 4, 150, 600, seed=4)  # several blocks of rows and of keys
@@ -76,33 +32,23 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("backend", LAST)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal, padded, dropout"])
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_of_every_shape(name: str, causal: bool) -> None:
+def test_masks_over_several_blocks(name: str, causal: bool, backend: Backend) -> None:
     """Reduced to the mask's own shape in float32, whatever the dtype of query."""
     options: dict = {"attn_mask": MASKS[name], "enable_gqa": True}
     if causal:
         options |= {"is_causal": True, "key_lengths": torch.tensor([600, 31]), "dropout_p": 0.1}
     for dtype in (torch.float32, torch.bfloat16):
-        check(Case(*tensors(dtype, q_len=150, k_len=600), options), isas()[-1:])
-    mask = MASKS[name].bfloat16()
-    check(Case(*tensors(torch.bfloat16, q_len=150, k_len=600), options | {"attn_mask": mask}), isas()[-1:])
+        hold(backend, alone, Case(*tensors(dtype, q_len=150, k_len=600), options))
+    options |= {"attn_mask": MASKS[name].bfloat16()}
+    hold(backend, alone, Case(*tensors(torch.bfloat16, q_len=150, k_len=600), options))
 
 
-@st.composite
-def calls(draw: st.DrawFn) -> tuple[Case, str]:
-    case, isa = draw(cases())
-    assume(case.k.shape[-2] != 1)  # see test_single_key
-    if draw(st.booleans()):
-        case.options["dropout_p"] = draw(st.sampled_from((0.1, 0.5, 0.9)))
-    return case, isa or "baseline"
-
-
-@settings(max_examples=100, derandomize=True, deadline=None)
-@given(calls(), st.sampled_from(LAYOUTS))
-def test_combined(drawn: tuple[Case, str], layout: str) -> None:
-    case, isa = drawn
-    check(case, (isa,), layout)
+@pytest.mark.parametrize("backend", EACH)
+def test_a_mask_in_float32_of_bfloat16_queries(backend: Backend, once) -> None:
+    hold(backend, once, Case(*tensors(torch.bfloat16), {"attn_mask": BIAS, "enable_gqa": True}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,16 +82,20 @@ def test_single_key(dtype: torch.dtype) -> None:
     assert_accurate(found[2], grad_out.double().sum(2, keepdim=True), theirs[2], "gradient")
 
 
-def test_only_what_is_asked_for() -> None:
+@pytest.mark.parametrize("backend", EACH)
+def test_only_what_is_asked_for(backend: Backend) -> None:
     """Each input alone gets the gradient that it gets beside all the others."""
     case = Case(*tensors(), {"enable_gqa": True, "attn_mask": BIAS, "temperature": torch.rand(4), "sinks": randn(4)})
     grads = randn(2, 4, 33, 24, seed=8), torch.zeros(2, 4, 33)
     names = {"q": "query", "k": "key", "v": "value"}
-    for name, want in gradients(ours, case, *grads).items():
-        given = {"query": case.q, "key": case.k, "value": case.v, **case.options}
+    given = {"query": case.q, "key": case.k, "value": case.v, **case.options}
+    given = {name: backend.to(x) for name, x in given.items()}
+    for name, want in list(run(ours, case, grads, backend).items())[2:]:
         leaf = given[names.get(name, name)].clone().requires_grad_()
-        out = attention(**given | {names.get(name, name): leaf})
-        assert torch.equal(torch.autograd.grad(out, leaf, grads[0])[0], want), name
+        with backend:
+            out = attention(**given | {names.get(name, name): leaf})
+            (found,) = torch.autograd.grad(out, leaf, backend.to(grads[0]))
+        assert torch.equal(found.cpu(), want), name
 
 
 SMALL = {

@@ -5,12 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import Backend, backends
 from torch import Tensor
 
 import mmkern
-from mmkern.testing import isas
 
 INF, NAN = torch.inf, torch.nan
+REFERENCE = pytest.param(Backend("reference"), id="reference")
 PLACES = (
     {0: INF}, {2: INF}, {0: INF, 2: INF}, {0: -INF}, {2: -INF}, {0: -INF, 1: -INF, 3: -INF, 4: -INF},
     {0: INF, 2: -INF}, {0: -INF, 2: INF}, {0: NAN}, {2: NAN}, {0: NAN, 2: INF}, {0: NAN, 1: -INF, 2: -INF},
@@ -85,14 +86,13 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["reference", *isas(), "triton"])
+@pytest.mark.parametrize("backend", [REFERENCE, *backends("linear_cross_entropy")])
 @pytest.mark.parametrize("op", OPS)
 def test_rows_with_infinities_give_what_torch_gives(op, backend):
     run, ours, torchs = OPS[op]
-    if backend == "triton" and torch.cuda.is_available():
+    if backend.device != "cpu":
         pytest.skip("the interpreter's case")
-    isa = backend if backend in isas() else None
-    with mmkern.backend("cpu" if isa else backend, isa=isa, strict=True):
+    with backend.forced():
         found = run(ours)
     for f, e in zip(itertools.chain(*found), itertools.chain(*run(torchs)), strict=True):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5, equal_nan=True)
