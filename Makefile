@@ -58,10 +58,11 @@ headline: build
 
 # Without a virtual environment, the interpreter's own packages are used and nothing is fetched. The tests compile some
 # hundred kernels: on as many processes as pytest-xdist, if it is there, may start.
+GPU_TESTS := $(foreach op,softmax loss linear_loss position rotary attention extremes triton,$(wildcard tests/test_$(op)*.py)) tests/cuda/test_softmax.py
 gpu: $(if $(VENV),$(STAMP))
 	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
 	@mkdir -p $(OUT)
-	$(if $(filter test,$(STAGE)),$(PY) -m pytest -q --junitxml=$(OUT)/tests.xml $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/test_triton_*.py tests/cuda/test_softmax.py)
+	$(if $(filter test,$(STAGE)),$(PY) -m pytest -q --junitxml=$(OUT)/tests.xml $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) -k "triton or cuda" $(GPU_TESTS))
 	$(if $(filter bench,$(STAGE)),$(PY) -m mmkern.cli bench --device cuda --output $(OUT))
 
 build: $(STAMP)

@@ -28,6 +28,8 @@ from torch import Tensor
 from mmkern.kernels import attention, attention_backward, loss, position, rotary, softmax
 from mmkern.kernels.launch import compiling
 from mmkern.kernels.numerics import INTERPRETED
+from mmkern.testing import FEATURES as ATTENTION_FEATURES
+from mmkern.testing import Sizes
 
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may take
@@ -57,30 +59,38 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-# name -> (tensor or float options of one call)
-FEATURES: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
-    "": lambda dtype: {},
-    " causal grouped": lambda dtype: {"causal": True, "kv_heads": 2},
-    " dropout": lambda dtype: {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64)},
-    " bias": lambda dtype: {"mask": empty(1, 8, 1024, 1024, dtype=dtype)},
-    " padding": lambda dtype: {"mask": empty(2, 1, 1, 1024, dtype=torch.bool)},
-    " cosine": lambda dtype: {"similarity": 1, "temperature": empty(8, dtype=torch.float32)},
-    " euclidean": lambda dtype: {"similarity": 2},
-    " softcap alibi": lambda dtype: {"softcap": 30.0, "slopes": empty(2, 8, dtype=torch.float32)},
+# title -> rows of mmkern.testing.FEATURES, and key heads
+FEATURES: dict[str, tuple[tuple[str, ...], int]] = {
+    "": ((), 8),
+    " causal grouped": (("causal",), 2),
+    " dropout": (("dropout",), 8),
+    " bias": (("float mask, one for the batch",), 8),
+    " padding": (("bool mask of keys",), 8),
+    " cosine": (("cosine, learned",), 8),
+    " euclidean": (("euclidean",), 8),
+    " softcap alibi": (("softcap", "alibi of each batch"), 8),
 }
+SIMILARITIES = ("dot", "cosine", "euclidean", "squared_euclidean")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
 def attention_arguments(
     dtype: torch.dtype, head_dim: int, q_len: int = 1024, k_len: int = 1024, heads: int = 8, kv_heads: int = 8,
-    causal: bool = False, mask: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
-    similarity: int = 0, temperature: Tensor | None = None, softcap: float = 0.0, slopes: Tensor | None = None,
+    features: Sequence[str] = (),
 ) -> tuple[Any, ...]:  # fmt: skip
     """Those of `mmkern::attention_fwd` for two sequences."""
     q, k, v = (empty(2, n, length, head_dim, dtype=dtype) for n, length in ((heads, q_len), *[(kv_heads, k_len)] * 2))
-    score = (causal, 0.125, similarity, temperature, -1, -1, softcap, slopes, None, None, False)
-    return q, k, v, mask, dropout_p, *score, seed
+    sizes = Sizes(2, heads, q_len, k_len, dtype, "meta")
+    o: dict[str, Any] = {}
+    for name in features:
+        o |= ATTENTION_FEATURES[name](sizes)
+    seed = empty(1, dtype=torch.int64) if "dropout_p" in o else None
+    return (
+        q, k, v, o.get("attn_mask"), o.get("dropout_p", 0.0), o.get("is_causal", False), o.get("scale", 0.125),
+        SIMILARITIES.index(o.get("similarity", "dot")), o.get("temperature"), -1, -1, o.get("softcap", 0.0),
+        o.get("alibi_slopes"), None, None, False, seed,
+    )  # fmt: skip
 
 
 def _forward(dtype: torch.dtype, head_dim: int, **options: Any) -> None:
@@ -159,10 +169,10 @@ def calls() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for name, dtype in DTYPES.items():
         for head_dim in HEAD_DIMS:
-            for feature, options in FEATURES.items():
+            for feature, (features, kv_heads) in FEATURES.items():
                 for way, call in (("forward", _forward), ("backward", _backward)):
                     title = f"attention {way} {name} {head_dim}{feature}"
-                    found[title] = lambda call=call, d=dtype, n=head_dim, o=options: call(d, n, **o(d))  # type: ignore[misc]
+                    found[title] = partial(call, dtype, head_dim, kv_heads=kv_heads, features=features)
         found |= {f"{title} {name}": partial(call, dtype) for title, call in ROW_CALLS.items()}
         decode = {"q_len": 1, "k_len": 4096, "heads": 32, "kv_heads": 8}
         found[f"attention decode {name} 128"] = lambda d=dtype, o=decode: _forward(d, 128, **o)  # type: ignore[misc]

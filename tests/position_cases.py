@@ -27,23 +27,32 @@ SHAPES = [(2, 37, 50), (3, 2, 9, 7), (4, 9, 1), (1, 1, 2), (70, 96), (2, 3, 2, 5
 GRIDS = [(2, 5, 3, 44), (4, 9, 8), (2, 3, 2, 17, 64), (1, 1, 4)]
 TOKENS = [(4,), (2, 65), (2, 3, 10), (3, 0), *(pytest.param(shape, marks=LARGE) for shape in ((2, 3, 40), (700,)))]
 
-# q shape, k shape, options
-ROTARY = [
-    ((2, 4, 35, 64), (2, 2, 35, 64), {}),
-    ((1, 9, 20, 128), (1, 2, 20, 128), {"base": 500000.0}),
-    pytest.param((1, 8, 70, 128), (1, 2, 70, 128), {"base": 500000.0}, marks=LARGE),
-    ((2, 3, 9, 50), (2, 1, 9, 50), {"rotary_dim": 26}),
-    ((3, 2, 1, 6), (3, 2, 1, 6), {"rotary_dim": 2}),
-    ((2, 2, 35, 24), (2, 1, 35, 24), {"grid": (5, 7)}),
-    ((2, 2, 12, 44), (2, 2, 12, 44), {"grid": (3, 4), "rotary_dim": 36}),
-    ((2, 2, 5, 8), (2, 1, 5, 8), {"positions": torch.tensor([[0, 1, -3, 70000, 2**20], [5, 4, 3, 2, 1]])}),
-    ((2, 2, 3, 16), (2, 1, 3, 16), {"positions": torch.tensor([-7, 3, 1999 * 1000 + 1]), "grid": (2000, 1000)}),
-    ((5, 16), (5, 16), {}),
-    ((3, 7, 10), (2, 7, 10), {}),
-    ((2, 3, 2, 7, 34), (2, 1, 2, 7, 34), {}),
-    ((2, 3, 0, 8), (2, 1, 0, 8), {}),
-    ((0, 3, 4, 8), (0, 1, 4, 8), {}),
-]
+# name -> q shape, k shape, options
+_ROTARY = {
+    "grouped": ((2, 4, 35, 64), (2, 2, 35, 64), {}),
+    "another base": ((1, 9, 20, 128), (1, 2, 20, 128), {"base": 500000.0}),
+    "another base, longer": ((1, 8, 70, 128), (1, 2, 70, 128), {"base": 500000.0}),
+    "half of the dim": ((2, 3, 9, 50), (2, 1, 9, 50), {"rotary_dim": 26}),
+    "one pair": ((3, 2, 1, 6), (3, 2, 1, 6), {"rotary_dim": 2}),
+    "a grid": ((2, 2, 35, 24), (2, 1, 35, 24), {"grid": (5, 7)}),
+    "part of the dim on a grid": ((2, 2, 12, 44), (2, 2, 12, 44), {"grid": (3, 4), "rotary_dim": 36}),
+    "positions": (
+        (2, 2, 5, 8),
+        (2, 1, 5, 8),
+        {"positions": torch.tensor([[0, 1, -3, 70000, 2**20], [5, 4, 3, 2, 1]])},
+    ),
+    "positions on a grid": (
+        (2, 2, 3, 16),
+        (2, 1, 3, 16),
+        {"positions": torch.tensor([-7, 3, 1999 * 1000 + 1]), "grid": (2000, 1000)},
+    ),
+    "two dims": ((5, 16), (5, 16), {}),
+    "three dims": ((3, 7, 10), (2, 7, 10), {}),
+    "five dims": ((2, 3, 2, 7, 34), (2, 1, 2, 7, 34), {}),
+    "no rows": ((2, 3, 0, 8), (2, 1, 0, 8), {}),
+    "no batch": ((0, 3, 4, 8), (0, 1, 4, 8), {}),
+}
+ROTARY = [pytest.param(*row, id=name, marks=[LARGE] * ("longer" in name)) for name, row in _ROTARY.items()]
 
 
 def exact(x: Tensor, encoding: str | Tensor, offset: int | Tensor = 0, scale: float = 1.0) -> Tensor:

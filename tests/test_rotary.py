@@ -39,7 +39,7 @@ EACH = backends("rotary")
 @pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("q_shape", "k_shape", "options"), ROTARY, ids=str)
+@pytest.mark.parametrize(("q_shape", "k_shape", "options"), ROTARY)
 def test_values(q_shape, k_shape, options, dtype, layout, backend, once):
     """Both at once, with gradients; q alone gives the same."""
 

@@ -2,7 +2,7 @@
 
 The interpreter shows that the Python of a kernel is right; this shows the compiled program, for GPUs that are not here.
 It calibrates the runner too: code that is right on hardware every day must give right numbers, without a race. All op
-tests at one capability: `pytest --ptx 90 tests/test_triton_softmax.py`, and so on; here, a few of each op.
+tests at one capability: `pytest --ptx 90 tests/test_softmax.py -k triton`, and so on; here, a few of each op.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the runner need
 TESTS = Path(__file__).parents[1]
 # one of each kernel: dtypes, a dim that is not the last, masks, dropout, gradients, ragged and grouped attention
 FEW = [
-    "test_triton_softmax.py::test_values[(7, 33)-0-softmax]",
-    "test_triton_softmax.py::test_values[(4, 9, 2, 64)-1-log_softmax]",
-    "test_triton_softmax.py::test_masked_softmax[(2, 3, 9, 5)-1-0.3]",
-    "test_triton_loss.py::test_classes[(6, 9)-mean]",
-    "test_triton_position.py::test_add_positional_encoding[wide-torch.float32-0.4]",
-    "test_triton_position.py::test_embed_tokens[(2, 65)-torch.int64-0.4]",
-    "test_triton_position.py::test_rotary[3-half]",
-    "test_triton_attention.py::test_alone[float mask-torch.float16]",
-    "test_triton_attention.py::test_shapes[(1, 2, 1, 48, 257, 72, 72)-causal]",
+    "test_softmax.py::test_values[(7, 33)-0-torch.float16-softmax-triton]",
+    "test_softmax.py::test_values[(4, 9, 2, 64)-1-torch.bfloat16-log_softmax-triton]",
+    "test_softmax.py::test_masked_shapes[(2, 3, 9, 5)-1-torch.float32-0.3-triton]",
+    "test_loss.py::test_values[(7, 33)-index-torch.float32-mean-triton]",
+    "test_position.py::test_add_positional_encoding[wide-torch.float32-0.4-triton]",
+    "test_position.py::test_embed_tokens[(2, 65)-torch.float16-torch.int64-None-0.4-triton]",
+    "test_rotary.py::test_values[half of the dim-torch.float32-half-triton]",
+    "test_attention.py::test_alone[float mask-torch.float16-triton]",
+    "test_attention.py::test_shapes[(1, 2, 1, 20, 130, 72, 72)-torch.bfloat16-causal-triton]",
 ]
 # Where another target's compiler could differ: matrix instructions, packed floats.
 FEWER = [FEW[2], FEW[-1]]
