@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mmkern
 from mmkern.benchmarks.inputs import SCORES, normal, sample
 from mmkern.benchmarks.records import DTYPES, Baseline, Call, Case, Problem
+from mmkern.testing import FEATURES, Sizes
 
 ALL, TWO, F32 = tuple(DTYPES), ("float32", "bfloat16"), ("float32",)
 FEWEST = 16  # queries of each head that are compared with float64, however long the keys
@@ -95,7 +96,14 @@ SWEEPS = [
     *(Shape("attention", f"{n} heads", 1, (n, n), 1024, 1024, 64, "full", TWO) for n in (1, 2, 3, 6, 12)),
 ]  # fmt: skip
 SHAPES += GPU + SWEEPS
-TEMPERATURE = 10.0
+# What an op of these names is, by the table that tests and kernels share; lengths and windows are a shape's own.
+FEATURE = {
+    "attention-causal": "causal",
+    "attention-bias": "float mask, one for the batch",
+    "attention-cosine": "cosine",
+    "attention-euclidean": "euclidean",
+}
+TEMPERATURE = FEATURES["cosine"](Sizes())["temperature"]
 
 
 def cases(shapes: Sequence[Shape] = SHAPES) -> Iterator[Case]:
@@ -145,13 +153,14 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
     q = normal(s.batch, s.heads[0], s.q_len, s.head_dim, dtype=dtype, layout=layout, seed=1, scale=size).to(device)
     k = normal(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=2).to(device)
     v = normal(s.batch, s.heads[1], s.k_len, s.head_dim, dtype=dtype, layout=layout, seed=3).to(device)
-    options, theirs = dict(s.options), dict(s.options)
+    sizes = Sizes(s.batch, s.heads[0], s.q_len, s.k_len, dtype, device, draw=normal)
+    feature = FEATURES[FEATURE.get(s.op, "plain")](sizes)
+    options, theirs = feature | s.options, dict(s.options)
     baselines = []
     if s.op == "attention-cosine":
-        options = {"similarity": "cosine", "temperature": TEMPERATURE}
         formula: Callable[..., Tensor] = _normalise_and_sdpa
     elif s.op == "attention-euclidean":
-        options = {"similarity": "euclidean", "scale": 1 / math.sqrt(s.head_dim)}
+        options["scale"] = 1 / math.sqrt(s.head_dim)
         formula = _cdist_softmax_matmul
     else:
         formula = F.scaled_dot_product_attention
@@ -160,8 +169,7 @@ def build(s: Shape, dtype: torch.dtype, device: str) -> Problem:
         theirs["attn_mask"] = (torch.arange(s.k_len, device=device) < lengths[:, None])[:, None, None, :]
         options |= {"key_lengths": lengths} if s.op == "attention-lengths" else theirs
     elif s.op == "attention-bias":
-        bias = normal(1, s.heads[0], s.q_len, s.k_len, dtype=dtype, seed=4).to(device)
-        options["attn_mask"] = theirs["attn_mask"] = bias
+        theirs |= feature
     elif s.op == "attention-window":
         behind = torch.arange(s.q_len, device=device)[:, None] - torch.arange(s.k_len, device=device)
         theirs = {"attn_mask": (behind >= 0) & (behind < s.options["window"])}

@@ -55,7 +55,7 @@ class Usage:
         return self.call, self.kernel, f"sm_{self.target}", str(self.registers), str(self.spills), shared, matrix
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -81,7 +81,7 @@ def attention_arguments(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Those of `mmkern::attention_fwd` for two sequences."""
     q, k, v = (empty(2, n, length, head_dim, dtype=dtype) for n, length in ((heads, q_len), *[(kv_heads, k_len)] * 2))
-    sizes = Sizes(2, heads, q_len, k_len, dtype, "meta")
+    sizes = Sizes(2, heads, q_len, k_len, dtype, "meta", draw=empty)
     o: dict[str, Any] = {}
     for name in features:
         o |= ATTENTION_FEATURES[name](sizes)

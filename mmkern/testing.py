@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ def randn(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the attention call that a row of FEATURES makes its options for; on "meta" its tensors have no memory."""
+    """Of the attention call that a row of FEATURES makes its options for; draw: makes a mask of random numbers."""
 
     batch: int = 2
     heads: int = 4
@@ -147,14 +147,13 @@ class Sizes:
     k_len: int = 70
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    draw: Callable[..., Tensor] = randn
 
     @property
     def bias(self) -> Tensor:
         """A score to add for each (batch, head, query, key)."""
         shape = (self.batch, self.heads, self.q_len, self.k_len)
-        if self.device == "meta":
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-        return randn(*shape, dtype=self.dtype, seed=4).to(self.device)
+        return self.draw(*shape, dtype=self.dtype, seed=4).to(self.device)
 
     @property
     def keep(self) -> Tensor:
@@ -186,7 +185,7 @@ FEATURES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "bool mask of queries": lambda s: {"attn_mask": s.keep[:, :1, :, :1]},
     "bool mask of heads": lambda s: {"attn_mask": s.keep[0, :, :1]},
     "float mask": lambda s: {"attn_mask": s.bias},
-    "float mask, one for the batch": lambda s: {"attn_mask": s.bias[:1]},
+    "float mask, one for the batch": lambda s: {"attn_mask": replace(s, batch=1).bias},
     "float mask (L, S)": lambda s: {"attn_mask": s.bias[0, 0]},
     "float mask with holes": lambda s: {"attn_mask": s.bias.masked_fill(~s.keep, -math.inf)},
     "float mask, transposed": lambda s: {"attn_mask": s.bias.mT.contiguous().mT},
