@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import mmkern
-from mmkern.ops import dispatch
+from mmkern.ops.dispatch import CUDA
 from mmkern.reference.philox import keep_mask
 from mmkern.testing import accuracy, isas, poisoned
 
@@ -97,8 +97,8 @@ def _cuda_on_cpu() -> Iterator[None]:
     """The library's own dispatch to torch.ops.mmkern_cuda, of CPU tensors, whose kernels are emulated."""
     with (
         emulated.emulated("g++"),
-        mock.patch.dict(dispatch._DEVICE, cuda="cpu"),
-        mock.patch.object(dispatch, "_without_cuda", return_value=None),
+        mock.patch.object(CUDA, "device", "cpu"),
+        mock.patch.object(CUDA, "missing", return_value=None),
     ):
         yield
 

@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 
 import mmkern
 from mmkern import _C, reference
-from mmkern.ops import dispatch
-from mmkern.ops.dispatch import BACKENDS, Op
+from mmkern.ops import _backends, dispatch
+from mmkern.ops.dispatch import BACKENDS, CPU, Kernel, Op
 from mmkern.testing import assert_accurate, isas, randn
 
 
@@ -87,15 +87,15 @@ def test_triton_is_refused_with_the_reason(x, monkeypatch):
                 raise metadata.PackageNotFoundError(name)
             return version
 
-        dispatch._without_triton.cache_clear()
-        monkeypatch.setattr(dispatch.metadata, "version", installed)
+        _backends._without_triton.cache_clear()
+        monkeypatch.setattr(_backends.metadata, "version", installed)
         try:
-            assert reason in dispatch._without_triton()
+            assert reason in _backends._without_triton()
             with mmkern.backend("triton", strict=True), pytest.raises(RuntimeError, match="refused"):
                 mmkern.softmax(x, 1)
         finally:
             monkeypatch.undo()
-            dispatch._without_triton.cache_clear()
+            _backends._without_triton.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_tensors_elsewhere_or_on_two_devices_go_to_the_reference(x):
         "test_add(Tensor a, Tensor? b, float c) -> Tensor",
         reference=lambda a, b, c: a + (c if b is None else b),
         fake=lambda a, b, c: torch.empty_like(a),
-        kernels={"cpu": lambda a, b, c: None},
+        kernels=[Kernel(CPU)],
     )
     mixed = mmkern.explain(add, x.to("meta"), x.new_tensor(1.0), 2.0)  # torch adds a scalar tensor from anywhere
     assert mixed[0].refused["cpu"] == "tensors are on cpu and meta"
@@ -233,9 +233,9 @@ def test_choosing_costs_microseconds(x):
         "test_cost(Tensor a, Tensor b) -> Tensor",
         reference=lambda a, b: a,
         fake=lambda a, b: a,
-        kernels={"cpu": lambda a, b: None},
+        kernels=[Kernel(CPU)],
     )
-    op._dispatch = lambda a, b: a
+    op._unwrapped = lambda a, b: a
     seconds = min(timeit.repeat(lambda: op(x, x), number=1000, repeat=20)) / 1000
     assert seconds < 10e-6
 

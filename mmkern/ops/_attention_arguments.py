@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkern.ops._checks import DTYPES, KERNEL_DTYPES, broadcasts, by_value, check_dense, check_device, kind
 from mmkern.ops._numbers import integer
-from mmkern.ops.dispatch import by_value, check_dense
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def autocast(t: Any, dtype: torch.dtype) -> Any:
@@ -31,9 +28,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name}: expected at least 2 dims, got shape {tuple(t.shape)}")
         if t.dtype != query.dtype:
             raise TypeError(f"{name}: dtype {t.dtype} where query has {query.dtype}")
-        if t.device != query.device:
-            raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
-    if query.dtype not in _DTYPES:
+        check_device(name, t, "query", query)
+    if query.dtype not in DTYPES:
         raise TypeError(f"query: expected float32, bfloat16, float16 or float64, got {query.dtype}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key: its last dim must be query's head_dim; got {_shapes(query, key, value)}")
@@ -48,7 +44,7 @@ def alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return (
             len(shape) >= 4
             and shape == key.shape == value.shape
-            and dtype in _DTYPES
+            and dtype in DTYPES
             and dtype == key.dtype == value.dtype
             and query.is_cpu
             and key.is_cpu
@@ -101,34 +97,31 @@ def checked_mask(mask: Tensor | None, query: Tensor, key: Tensor, rank: int, ena
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"attn_mask: expected a Tensor of bool, float32 or {query.dtype}, got {kind}")
-    _same_device("attn_mask", mask, query)
+        raise TypeError(f"attn_mask: expected a Tensor of bool, float32 or {query.dtype}, got {kind(mask)}")
+    _check_beside_query("attn_mask", mask, query)
     if query.dtype == torch.float64 and mask.dtype == torch.float32:
         mask = mask.double()
     if rank == 3 and not enable_gqa and mask.dim() == 3:
         mask = mask.unsqueeze(-3)
     shape = (*query.shape[:-1], key.shape[-2])
-    missing = len(shape) - mask.dim()
-    if missing < 0 or any(n not in (1, m) for n, m in zip(mask.shape, shape[missing:], strict=True)):
+    if not broadcasts(mask, shape):
         raise ValueError(
             f"attn_mask: shape {tuple(mask.shape)} does not broadcast to (..., heads, q_len, k_len) = {shape}"
         )
+    missing = len(shape) - mask.dim()
     return mask[(None,) * missing] if missing else mask
 
 
-def _same_device(name: str, t: Tensor, query: Tensor) -> None:
+def _check_beside_query(name: str, t: Tensor, query: Tensor) -> None:
     check_dense(name, t)
-    if t.device != query.device:
-        raise ValueError(f"{name}: on device {t.device} where query is on {query.device}")
+    check_device(name, t, "query", query)
 
 
 def per_head(name: str, t: Any, query: Tensor, *, scalar: bool = False, batched: bool = False) -> Tensor:
     """`t` in the dtype of the arithmetic, with a value for each head (and batch, where `batched`)."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name}: expected a floating-point Tensor, got {kind}")
-    _same_device(name, t, query)
+        raise TypeError(f"{name}: expected a floating-point Tensor, got {kind(t)}")
+    _check_beside_query(name, t, query)
     heads = query.shape[-3]
     fits = t.shape == (heads,) or (scalar and t.dim() == 0) or (batched and t.dim() == query.dim() - 2)
     full = (*query.shape[:-3], heads) if batched else (heads,)
@@ -156,9 +149,8 @@ def checked_window(window: Any) -> tuple[int, int]:
 
 def checked_lengths(lengths: Any, query: Tensor, k_len: int) -> Tensor:
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"key_lengths: expected a Tensor of int32 or int64, got {kind}")
-    _same_device("key_lengths", lengths, query)
+        raise TypeError(f"key_lengths: expected a Tensor of int32 or int64, got {kind(lengths)}")
+    _check_beside_query("key_lengths", lengths, query)
     # Reading the values of a GPU tensor would stop the stream, and a traced or vmapped one has none yet: kernels
     # clamp them.
     if lengths.is_cpu and by_value(lengths) and lengths.numel():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkern.ops.dispatch import _C
+from mmkern.ops._checks import DTYPES, KERNEL_DTYPES, by_value, check_memory
+from mmkern.ops._choice import _state, leave_threads
+from mmkern.ops._compiled import _C
 from mmkern.ops.loss import _cross_entropy, _scale_
 from mmkern.reference.linear_loss import kept_dtype
+from mmkern.reference.loss import MEAN, NONE, SUM
 
-NONE, MEAN, SUM = range(3)
 _BUDGET = 32 << 20  # bytes of a chunk's logits, and of their gradient: larger ones are no faster
 _GPU_BUDGET = 256 << 20  # a matmul of fewer rows leaves a GPU idle
 _BLOCK = 1024  # rows of weight whose gradient is added at a time
@@ -31,23 +34,26 @@ def widened(dtype: torch.dtype) -> bool:
 class _WeightGradient:
     """The sum over chunks: of a run of them in float32, as the matmul adds; of the runs in float64.
 
-    One chunk more costs one rounding in the run alone: 16,384 chunks err as 32 do.
+    One chunk more costs one rounding in the run alone: 16,384 chunks err as 32 do. A single chunk is not added.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.run = weight.new_zeros(weight.shape, dtype=torch.float32)
+    def __init__(self, weight: Tensor, chunks: int) -> None:
+        self.run = weight.new_zeros(weight.shape if chunks != 1 else 0, dtype=torch.float32)
         self.runs: Tensor | None = None
-        self.chunks = 0
+        self.left, self.single = _RUN, chunks == 1
 
-    def add_product(self, grad: Tensor, part: Tensor, factor: float = 1.0) -> None:
+    def add_product(self, grad: Tensor, part: Tensor, factor: float) -> None:
         """Add factor * grad^T @ part."""
-        if self.chunks == _RUN:
+        if self.single:
+            self.run = torch.addmm(part[:1], grad.t(), part, beta=0, alpha=factor)
+            return
+        if self.left == 0:
             if self.runs is None:
                 self.runs = self.run.new_zeros(self.run.shape, dtype=torch.float64)
             _add(self.runs, self.run)
             self.run.zero_()
-            self.chunks = 0
-        self.chunks += 1
+            self.left = _RUN
+        self.left -= 1
         if grad.dtype == torch.float32:
             self.run.addmm_(grad.t(), part, alpha=factor)
         else:
@@ -67,8 +73,13 @@ def rows_at_a_time(classes: int, itemsize: int, chunk_size: int, budget: int = _
     return chunk_size or max(_FEWEST_ROWS, budget // (max(1, classes) * itemsize))
 
 
+def host_reads(t: Tensor) -> bool:
+    """Whether t's values can be read here; on a GPU, the host would wait for them."""
+    return t.is_cpu and by_value(t) and not _state.interpreting
+
+
 @torch.no_grad()
-def chunked(
+def _chunked(
     grad_loss: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
@@ -83,38 +94,45 @@ def chunked(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and its gradients for hidden, weight and bias: in float32, or for hidden in kept_dtype.
 
-    A chunk of rows at a time: logits by torch's matmul, loss and gradient of them by one kernel, and two matmuls.
+    A chunk of rows at a time: logits by torch's matmul, loss and gradient of them by one kernel, and two matmuls. Where
+    the host reads the target, ignored rows are left out; elsewhere they are multiplied too, as zeros, and the gradients
+    of a mean divided in the end.
     grad_loss: that of each row's loss; None: 1 for all, of the reduced loss.
     """
-    rows, half = len(hidden), widened(hidden.dtype)
-    kept = (target != ignore_index).nonzero().squeeze(1)
-    whole = len(kept) == rows
-    h, y = (hidden, target) if whole else (hidden[kept], target[kept])
-    _check_classes(y, len(weight))
+    rows, reads = len(hidden), host_reads(target)
+    kept, h, y, w, b = None, hidden, target, weight, bias
+    if reads:
+        kept = (target != ignore_index).nonzero().squeeze(1)
+        if len(kept) == rows:
+            kept = None
+        else:
+            h, y = hidden[kept], target[kept]
+        _check_classes(y, len(weight))
+        if widened(hidden.dtype):
+            w, b = weight.float(), None if bias is None else bias.float()
+    divisor: Any = divisor_of(y, class_weight, ignore_index) if reduction == MEAN else 1.0
     # Of a mean over nothing only the loss is NaN: there are no rows to scale.
-    divisor = divisor_of(y, class_weight) if reduction == MEAN else 1.0
-    factor = 1.0 / divisor if divisor else inf
-    losses = (
-        hidden.new_zeros(rows, dtype=torch.float32) if reduction == NONE else hidden.new_zeros((), dtype=torch.float64)
-    )
-    new = hidden.new_zeros if len(h) < rows or rows == 0 else hidden.new_empty
+    factor = 1.0 if not reads else 1.0 / divisor if divisor else inf
+    shape, dtype = ((rows,), torch.float32) if reduction == NONE else ((), torch.float64)
+    losses = hidden.new_zeros(shape, dtype=dtype)
+    new = hidden.new_empty if kept is None else hidden.new_zeros
     grad_hidden = new(hidden.shape if wanted & 1 else 0, dtype=kept_dtype(hidden))
     grad_bias = hidden.new_zeros(len(weight) if wanted & 4 else 0, dtype=torch.float64)
-    w, b = (weight.float(), None if bias is None else bias.float()) if half else (weight, bias)
-    step = rows_at_a_time(len(weight), w.element_size(), chunk_size)
+    step = rows_at_a_time(len(weight), w.element_size(), chunk_size, _BUDGET if reads else _GPU_BUDGET)
+    summed = _WeightGradient(weight if wanted & 2 else weight[:0], -(-len(h) // step))
     buffer = w.new_empty(min(step, len(h)), len(weight))
-    summed = _WeightGradient(weight) if wanted & 2 and len(h) > step else None
-    grad_weight = hidden.new_zeros(weight.shape if wanted & 2 and len(h) == 0 else 0, dtype=torch.float32)
     for start in range(0, len(h), step):
-        part = h[start : start + step].to(w.dtype)
-        place = slice(start, start + len(part)) if whole else kept[start : start + step]
+        part, classes = h[start : start + step].to(w.dtype), y[start : start + step]
+        place = slice(start, start + len(part)) if kept is None else kept[start : start + step]
+        if not reads:
+            part = part.masked_fill((classes == ignore_index)[:, None], 0.0)  # they may hold NaN
         logits = buffer[: len(part)]
         if b is None:
             torch.mm(part, w.t(), out=logits)
         else:
             torch.addmm(b, part, w.t(), out=logits)
         options = ignore_index, reduction and SUM, label_smoothing, True, int(wanted > 0)
-        loss, grad, *_ = torch.ops.mmkern.cross_entropy_fwd(logits, y[start : start + step], class_weight, *options)
+        loss, grad, *_ = _cross_entropy.direct(logits, classes, class_weight, *options)
         if reduction == NONE:
             losses[place] = loss
         else:
@@ -122,81 +140,35 @@ def chunked(
         if wanted == 0:
             continue
         if grad_loss is not None:
-            torch.ops.mmkern.cross_entropy_bwd_(grad, grad_loss[place], None)
-        if wanted & 1 and whole and grad_hidden.dtype == w.dtype:
-            torch.addmm(grad_hidden[:1], grad, w, beta=0, alpha=factor, out=grad_hidden[place])
+            _scale_.direct(grad, torch.where(classes == ignore_index, 0.0, grad_loss[place]), None)  # 0 * inf is not 0
+        if wanted & 1 and kept is None and grad_hidden.dtype == w.dtype:
+            torch.addmm(part[:1], grad, w, beta=0, alpha=factor, out=grad_hidden[place])
         elif wanted & 1:
-            grad_hidden[place] = (grad @ w).mul_(factor)
-        if wanted & 2 and len(h) <= step:
-            grad_weight = torch.addmm(weight[:1].to(w.dtype), grad.t(), part, beta=0, alpha=factor)
-        elif summed is not None:
+            grad_hidden[place] = torch.addmm(part[:1], grad, w, beta=0, alpha=factor).to(grad_hidden.dtype)
+        if wanted & 2:
             summed.add_product(grad, part, factor)
         if wanted & 4:
             grad_bias.add_(grad.sum(0, dtype=torch.float32), alpha=factor)
-    if summed is not None:
-        grad_weight = summed.total()
-    loss = losses / divisor if reduction == MEAN else losses
-    return loss.float(), [grad_hidden, grad_weight, grad_bias.float()]
-
-
-@torch.no_grad()
-def chunked_on_gpu(
-    grad_loss: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    chunk_size: int,
-    wanted: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """`chunked` without a value that the host would have to wait for: ignored rows are multiplied too, as zeros."""
-    rows, classes = len(hidden), len(weight)
-    losses = hidden.new_zeros(
-        rows if reduction == NONE else (), dtype=torch.float32 if reduction == NONE else torch.float64
-    )
-    grad_hidden = hidden.new_empty(hidden.shape if wanted & 1 else 0, dtype=kept_dtype(hidden))
-    summed = _WeightGradient(weight if wanted & 2 else weight[:0])
-    grad_bias = hidden.new_zeros(classes if wanted & 4 else 0, dtype=torch.float64)
-    step = rows_at_a_time(classes, weight.element_size(), chunk_size, _GPU_BUDGET)
-    buffer = weight.new_empty(min(step, rows), classes)
-    for start in range(0, rows, step):
-        place = slice(start, min(start + step, rows))
-        part = hidden[place].masked_fill((target[place] == ignore_index)[:, None], 0.0)  # they may hold NaN
-        logits = buffer[: place.stop - start]
-        if bias is None:
-            torch.mm(part, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, part, weight.t(), out=logits)
-        options = ignore_index, reduction and SUM, label_smoothing, True, int(wanted > 0)
-        loss, grad, *_ = _cross_entropy.direct(logits, target[place], class_weight, *options)
-        if reduction == NONE:
-            losses[place] = loss
-        else:
-            losses += loss
-        if grad_loss is not None and wanted:
-            of_rows = torch.where(target[place] == ignore_index, 0.0, grad_loss[place])  # 0 * inf is not 0
-            _scale_.direct(grad, of_rows, None)
-        if wanted & 1:
-            grad_hidden[place] = grad @ weight
-        if wanted & 2:
-            summed.add_product(grad, part)
-        if wanted & 4:
-            grad_bias += grad.sum(0, dtype=torch.float32)
     found = [grad_hidden, summed.total() if wanted & 2 else hidden.new_zeros(0), grad_bias.float()]
     if reduction == MEAN:
-        divisor = gpu_divisor(target, class_weight, ignore_index)
         losses = losses / divisor
-        # Of a mean over nothing only the loss is NaN.
-        found = [torch.where(divisor == 0, 0.0, g / divisor).to(g.dtype) for g in found]
+        if not reads:
+            wide = [g.to(kept_dtype(g)) for g in found]
+            found = [torch.where(divisor == 0, 0.0, g / divisor).to(g.dtype) for g in wide]
     return losses.float(), found
 
 
-def gpu_divisor(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+def divisor_of(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Any:
+    """What a mean divides by: how many rows count, or the sum of their weights; a float where the host reads the
+    target, else a float64 tensor on its device."""
     counted = target != ignore_index
+    if host_reads(target):
+        target = target[counted]
+        if class_weight is None:
+            return float(len(target))
+        # One after the other: the order of torch's sum would depend on the number of threads.
+        counts = torch.bincount(target, minlength=len(class_weight))
+        return (class_weight.double() * counts).cumsum(0)[-1].item()
     if class_weight is None:
         return counted.sum().double()
     return torch.where(counted, class_weight.double()[target.clamp(0, len(class_weight) - 1)], 0.0).sum()
@@ -210,9 +182,85 @@ def _check_classes(target: Tensor, classes: int) -> None:
             raise IndexError(f"target: expected classes in [0, {classes}) or ignore_index, got {wrong}")
 
 
-def divisor_of(target: Tensor, class_weight: Tensor | None) -> float:
-    if class_weight is None:
-        return float(len(target))
-    # One after the other: the order of torch's sum would depend on the number of threads.
-    counts = torch.bincount(target, minlength=len(class_weight))
-    return (class_weight.double() * counts).cumsum(0)[-1].item()
+def forward_in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """`mmkern::linear_cross_entropy_fwd`, on any device."""
+    _check(None, hidden, weight, target, bias, class_weight, *options)
+    leave_threads()
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, found = _chunked(None, hidden, weight, target, bias, class_weight, ignore_index, *options)
+        return loss, *(g.to(kept_dtype(hidden)) for g in found)
+
+
+def backward_in_chunks(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """`mmkern::linear_cross_entropy_bwd`, of losses that are not reduced."""
+    if grad_loss is None:
+        raise ValueError("grad_loss: expected a tensor, got None")
+    tensors = hidden, weight, target, bias, class_weight
+    _check(grad_loss, *tensors, NONE, *options)
+    leave_threads()
+    with torch.autocast(hidden.device.type, enabled=False):
+        _, found = _chunked(grad_loss.contiguous(), *tensors, ignore_index, NONE, *options)
+        return tuple(g.to(hidden.dtype) for g in found)
+
+
+def _check(
+    grad_loss: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: int,
+    label_smoothing: float,
+    chunk_size: int,
+    wanted: int,
+) -> None:
+    """What the C++ border asks of tensors (csrc/cpu/check.h): ValueError unless an operator can run."""
+    for name, needed in (("hidden", hidden), ("weight", weight), ("target", target)):
+        if not isinstance(needed, Tensor) or needed.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {getattr(needed, 'layout', 'none')}")
+    if hidden.dim() != 2 or weight.dim() != 2:
+        raise ValueError(f"hidden, weight: expected two dims, got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    rows, classes = hidden.shape[:1], weight.shape[:1]
+    for name, t, shape, dtypes in (
+        ("hidden", hidden, hidden.shape, KERNEL_DTYPES),
+        ("weight", weight, (*classes, hidden.shape[1]), (hidden.dtype,)),
+        ("target", target, rows, (torch.int64,)),
+        ("bias", bias, classes, (hidden.dtype,)),
+        ("class_weight", class_weight, classes, DTYPES),
+        ("grad_loss", grad_loss, rows, DTYPES),
+    ):
+        if t is None:
+            continue
+        if t.dtype not in dtypes or t.device != hidden.device:
+            raise ValueError(f"{name}: expected {dtypes[0]} on {hidden.device}, got {t.dtype} on {t.device}")
+        if t.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {t.layout}")
+        if t.shape != torch.Size(shape):
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
+        check_memory(name, t)
+    if not 0 <= reduction <= 2:
+        raise ValueError(f"reduction: expected a value in [0, 2], got {reduction}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
+    if chunk_size < 0:
+        raise ValueError(f"chunk_size: expected rows of a chunk, or 0, got {chunk_size}")
+    if wanted & ~(3 if bias is None else 7):
+        raise ValueError(f"wanted: bits {3 if bias is None else 7} may be set in this call, got {wanted}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from math import sqrt
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._attention_arguments import (
-    KERNEL_DTYPES,
     align,
     alike,
     autocast,
@@ -22,9 +21,13 @@ from mmkern.ops._attention_arguments import (
     per_head,
     unalign,
 )
+from mmkern.ops._autograd import Values
+from mmkern.ops._checks import KERNEL_DTYPES, autocast_dtype, dropout_seed
 from mmkern.ops._numbers import number, probability
-from mmkern.ops.dispatch import Op, Values, autocast_dtype
+from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
 from mmkern.reference import Similarity
+from mmkern.reference.attention import DIFFERENTIABLE
+from mmkern.reference.gradients import bits, in_order, of_bits
 
 _SIMILARITIES = {name.lower(): int(member) for name, member in Similarity.__members__.items()}
 _ALIGNMENTS = ("upper_left", "lower_right")
@@ -37,15 +40,8 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor
     return out, query.new_empty((*lead, heads, q_len), dtype=dtype)
 
 
-def _refuse_cpu(query: Tensor, *_: object) -> str | None:
-    if query.dtype not in KERNEL_DTYPES:
-        return f"the CPU kernels take float32, bfloat16 and float16, not {query.dtype}"
-    return None
-
-
-def _refuse_triton(query: Tensor, key: Tensor, value: Tensor, *_: object) -> str | None:
-    if query.dtype not in KERNEL_DTYPES:
-        return f"the Triton kernels take float32, bfloat16 and float16, not {query.dtype}"
+def _refuse_triton(args: Any) -> str | None:
+    query, value = args.query, args.value
     if max(query.shape[-1], value.shape[-1]) > 1024:
         return f"head dims up to 1024, not {max(query.shape[-1], value.shape[-1])}"
     if query.dtype == torch.bfloat16 and query.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -53,8 +49,6 @@ def _refuse_triton(query: Tensor, key: Tensor, value: Tensor, *_: object) -> str
     return None
 
 
-# query, key, value, attn_mask, temperature, alibi_slopes, sinks: what may have a gradient
-_LEAVES = (0, 1, 2, 3, 8, 12, 14)
 _SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
     "float scale, int similarity, Tensor? temperature, int window_left, int window_right, float softcap, "
@@ -63,17 +57,15 @@ _SCHEMA = (
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *rest: Any
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    *args, wanted = query, *rest
-    found = []
-    for bit, i in enumerate(_LEAVES):
-        t = args[i]
-        if not wanted >> bit & 1:
-            found.append(query.new_empty(0))
-        else:
-            found.append(_like(t) if i < 3 else t.new_empty(t.shape))
-    return tuple(found)
+    *given, wanted = args
+    named = _attention.record._make(given)
+    found = {}
+    for name in of_bits(DIFFERENTIABLE, wanted):
+        t = getattr(named, name)
+        found[name] = _like(t) if name in ("query", "key", "value") else t.new_empty(t.shape)
+    return in_order(DIFFERENTIABLE, found, named.query)
 
 
 def _like(t: Tensor) -> Tensor:
@@ -83,49 +75,33 @@ def _like(t: Tensor) -> Tensor:
     return out if t.shape[-1] <= 1 or out.stride(-1) == 1 else t.new_empty(t.shape)
 
 
-def _refuse_cpu_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *_: object
-) -> str | None:
-    return _refuse_cpu(query)
-
-
-def _refuse_triton_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *rest: Any
-) -> str | None:
-    return _refuse_triton(query, *rest)
-
-
 _attention_backward = Op(
-    "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " + _SCHEMA + ", int wanted) "
+    f"attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SCHEMA}, int wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,
-    kernels={"cpu": _refuse_cpu_backward, "triton": _refuse_triton_backward},
-    triton="attention_backward.attention_bwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "attention_backward.attention_bwd", _refuse_triton)],
+    dtype_of=["query"],
     backward=lambda grads, args, outputs, wanted: reference.attention_backward_gradients(grads, args, wanted),
     save=lambda args, outputs, wanted: (args, ()),
 )
 
 
-def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+def _backward(grads: Values, args: Any, outputs: Values, wanted: Collection[str]) -> dict[str, Tensor]:
     grad_out, grad_lse = grads
     if grad_out is None:
         grad_out = torch.zeros_like(outputs[0])
-    bits = sum(wanted[i] << bit for bit, i in enumerate(_LEAVES))
-    found = _attention_backward(grad_out, grad_lse, *outputs, *args, bits)
-    gradients: list[Tensor | None] = [None] * len(args)
-    for i, gradient in zip(_LEAVES, found, strict=True):
-        gradients[i] = gradient if wanted[i] else None
-    return gradients
+    found = _attention_backward(grad_out, grad_lse, *outputs, *args, bits(DIFFERENTIABLE, wanted))
+    return {name: gradient for name, gradient in zip(DIFFERENTIABLE, found, strict=True) if name in wanted}
 
 
 _attention = Op(
     f"attention_fwd({_SCHEMA}) -> (Tensor, Tensor)",
     reference=reference.attention,
     fake=_fake,
-    kernels={"cpu": _refuse_cpu, "triton": _refuse_triton},
+    kernels=[Kernel(CPU), Kernel(TRITON, "attention.attention_fwd", _refuse_triton)],
+    dtype_of=["query"],
     backward=_backward,
-    triton="attention.attention_fwd",
 )
 
 
@@ -266,13 +242,9 @@ def scaled_dot_product_attention(
         if causal_alignment not in _ALIGNMENTS:
             raise ValueError(f"causal_alignment: expected one of {', '.join(_ALIGNMENTS)}, got {causal_alignment!r}")
         lower_right = causal_alignment == "lower_right"
-    # One draw from the device's default generator: manual_seed and checkpointing work as with torch's dropout.
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     out, lse = _attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, kind, temperature, left, right, softcap or 0.0,
-        alibi_slopes, key_lengths, sinks, lower_right, seed,
+        alibi_slopes, key_lengths, sinks, lower_right, dropout_seed(dropout_p, query),
     )  # fmt: skip
     if rank < 4:
         out, lse = unalign(out, lse, rank, enable_gqa)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,82 +10,27 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
-from mmkern.ops._autograd import Late
+from mmkern.ops._autograd import Late, Values
+from mmkern.ops._checks import autocast_dtype, by_value, check_dense, check_device
+from mmkern.ops._choice import leave_threads
 from mmkern.ops._linear_chunks import (
-    MEAN,
-    NONE,
-    chunked,
-    chunked_on_gpu,
+    backward_in_chunks,
     divisor_of,
-    gpu_divisor,
+    forward_in_chunks,
     rows_at_a_time,
 )
-from mmkern.ops._memory import check_linear_loss
 from mmkern.ops._numbers import integer
-from mmkern.ops.dispatch import (
-    Op,
-    Refusal,
-    Values,
-    _library,
-    _state,
-    autocast_dtype,
-    by_value,
-    check_dense,
-    leave_threads,
-)
+from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
 from mmkern.ops.loss import _REDUCTIONS, _check_weight, _checked_options
-from mmkern.reference.gradients import formula_gradients
-from mmkern.reference.linear_loss import kept_dtype
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _refuse(hidden: Tensor, *_: object) -> str | None:
-    if hidden.dtype not in _KERNEL_DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, not {hidden.dtype}"
-    return None
+from mmkern.reference.gradients import bits, formula_gradients, in_order, of_bits
+from mmkern.reference.linear_loss import DIFFERENTIABLE, kept_dtype
+from mmkern.reference.loss import MEAN, NONE
 
 
-_KERNELS: dict[str, Refusal] = {"cpu": _refuse, "triton": _refuse}
-
-
-def _chunks(hidden: Tensor) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-    return chunked if hidden.is_cpu and not _state.interpreting else chunked_on_gpu
-
-
-def _forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    class_weight, _, *options = rest
-    check_linear_loss(None, hidden, weight, target, bias, class_weight, *options)
-    leave_threads()
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, found = _chunks(hidden)(None, hidden, weight, target, bias, *rest)
-        return loss, *(g.to(kept_dtype(hidden)) for g in found)
-
-
-def _backward_none(
-    grad_loss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    if grad_loss is None:
-        raise ValueError("grad_loss: expected a tensor, got None")
-    check_linear_loss(grad_loss, hidden, weight, target, bias, class_weight, NONE, *rest)
-    leave_threads()
-    with torch.autocast(hidden.device.type, enabled=False):
-        options = class_weight, ignore_index, NONE, *rest
-        _, found = _chunks(hidden)(grad_loss.contiguous(), hidden, weight, target, bias, *options)
-        return tuple(g.to(hidden.dtype) for g in found)
-
-
-def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = hidden.shape, weight.shape, weight.shape[:1]
-    new = [hidden.new_empty(shape if wanted & 1 << i else 0, dtype=dtype) for i, shape in enumerate(shapes)]
-    return new[0], new[1], new[2]
+def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    shapes = {"hidden": hidden.shape, "weight": weight.shape, "bias": weight.shape[:1]}
+    found = {name: hidden.new_empty(shapes[name], dtype=dtype) for name in of_bits(DIFFERENTIABLE, wanted)}
+    return in_order(DIFFERENTIABLE, found, hidden.new_empty(0, dtype=dtype))
 
 
 def _fake(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -98,25 +43,23 @@ def _fake(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[T
 _ARGUMENTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
 
 
-def _backward_twice(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+def _backward_twice(grads: Values, args: Any, outputs: Values, wanted: Collection[str]) -> dict[str, Tensor]:
     """Through the formula, a chunk of rows at a time."""
-    grad_loss, hidden, weight, target, bias, *rest = args
-    found: list[Any] = [None] * len(args)
-    parts: list[list[Tensor]] = [[], []]  # of grad_loss and hidden, which have rows
-    step = rows_at_a_time(len(weight), 4, rest[-2])
-    for start in range(0, len(hidden), step):
+    parts: dict[str, list[Tensor]] = {"grad_loss": [], "hidden": []}  # gradients that have rows
+    found: dict[str, Tensor] = {}
+    step = rows_at_a_time(len(args.weight), 4, args.chunk_size)
+    for start in range(0, len(args.hidden), step):
         rows = slice(start, start + step)
         of_part = [grads[0] if grads[0] is None else grads[0][rows], *grads[1:]]
-        part = [grad_loss[rows], hidden[rows], weight, target[rows], bias, *rest]
+        part = args._replace(grad_loss=args.grad_loss[rows], hidden=args.hidden[rows], target=args.target[rows])
         gradients = formula_gradients(reference.linear_cross_entropy_backward, of_part, part, wanted)
-        for i, gradient in enumerate(gradients):
-            if gradient is not None and i < 2:
-                parts[i].append(gradient)
-            elif gradient is not None:
-                found[i] = gradient.double() if found[i] is None else found[i] + gradient
-    for i, several in enumerate(parts):
-        found[i] = torch.cat(several) if several else None
-    return [g if g is None else g.to(a.dtype) for g, a in zip(found, args, strict=True)]
+        for name, gradient in gradients.items():
+            if name in parts:
+                parts[name].append(gradient)
+            else:
+                found[name] = found[name] + gradient if name in found else gradient.double()
+    found |= {name: torch.cat(several) for name, several in parts.items() if several}
+    return {name: gradient.to(getattr(args, name).dtype) for name, gradient in found.items()}
 
 
 _rows_backward = Op(
@@ -124,33 +67,25 @@ _rows_backward = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_backward,
     fake=lambda grad_loss, hidden, weight, *rest: _fake_gradients(hidden, weight, rest[-1], hidden.dtype),
-    kernels=dict.fromkeys(("cpu", "triton"), lambda grad_loss, hidden, *_: _refuse(hidden)),
-    triton=_backward_none,
+    kernels=[Kernel(CPU, backward_in_chunks), Kernel(TRITON, backward_in_chunks)],
+    dtype_of=["hidden"],
     backward=_backward_twice,
     save=lambda args, outputs, wanted: (args, (None, None, None)),
 )
 
 
-def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    hidden, weight, target, bias, class_weight, ignore_index, reduction, *rest = args
-    (grad_loss,), places = grads, (0, 1, 3)
-    found: list[Tensor | None] = [None] * len(args)
-    if reduction == NONE or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
-        if reduction == MEAN:
-            if target.is_cpu and by_value(target) and not _state.interpreting:
-                grad_loss = grad_loss / torch.tensor(divisor_of(target[target != ignore_index], class_weight))
-            else:
-                grad_loss = (grad_loss / gpu_divisor(target, class_weight, ignore_index)).to(grad_loss.dtype)
-        bits = sum(wanted[i] << bit for bit, i in enumerate(places))
-        options = class_weight, ignore_index, *rest[:-1], bits
-        gradients = _rows_backward(grad_loss.expand(target.shape), hidden, weight, target, bias, *options)
-        for i, gradient in zip(places, gradients, strict=True):
-            found[i] = gradient if wanted[i] else None
-        return found
-    for i, saved in zip(places, outputs[1:], strict=True):
-        if wanted[i]:
-            found[i] = _scaled(saved, grad_loss).to(outputs[0].dtype)
-    return found
+def _backward(grads: Values, args: Any, outputs: Values, wanted: Collection[str]) -> dict[str, Tensor]:
+    (grad_loss,) = grads
+    if args.reduction == NONE or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+        if args.reduction == MEAN:
+            divisor = divisor_of(args.target, args.class_weight, args.ignore_index)
+            grad_loss = (grad_loss / divisor).to(grad_loss.dtype)
+        given = args._replace(wanted=bits(DIFFERENTIABLE, wanted))._asdict()
+        del given["reduction"]
+        gradients = _rows_backward(grad_loss.expand(args.target.shape), *given.values())
+        return {name: gradient for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True) if name in wanted}
+    saved = zip(DIFFERENTIABLE, outputs[1:], strict=True)
+    return {name: _scaled(gradient, grad_loss).to(outputs[0].dtype) for name, gradient in saved if name in wanted}
 
 
 def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
@@ -160,18 +95,13 @@ def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
     return saved if grad_loss.is_cpu and grad_loss.item() == 1.0 else saved.mul_(grad_loss)
 
 
-def _save(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
+def _save(args: Any, outputs: Values, wanted: Collection[str]) -> tuple[Values, Values]:
     """The gradients, where they are here already; in place of the loss something of hidden's dtype."""
-    outputs = args[0].new_empty(0), *outputs[1:]
-    if args[6] == NONE:
-        return args, outputs
-    return (*(Late(t) for t in args[:5]), *args[5:]), outputs
-
-
-def _wanted(args: Values) -> int:
-    if args[6] == NONE:
-        return 0
-    return sum((t is not None and t.requires_grad) << bit for bit, t in enumerate((args[0], args[1], args[3])))
+    outputs = args.hidden.new_empty(0), *outputs[1:]
+    if args.reduction != NONE:
+        tensors = ("hidden", "weight", "target", "bias", "class_weight")
+        args = args._replace(**{name: Late(getattr(args, name)) for name in tensors})
+    return args, outputs
 
 
 _linear_cross_entropy = Op(
@@ -179,14 +109,12 @@ _linear_cross_entropy = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy,
     fake=_fake,
-    kernels=_KERNELS,
-    triton=_forward,
+    kernels=[Kernel(CPU, forward_in_chunks), Kernel(TRITON, forward_in_chunks)],
+    dtype_of=["hidden"],
     backward=_backward,
     save=_save,
-    hidden=_wanted,
+    hidden=lambda args: () if args.reduction == NONE else DIFFERENTIABLE,
 )
-_library.impl("linear_cross_entropy_fwd", _forward, "CPU")
-_library.impl("linear_cross_entropy_bwd", _backward_none, "CPU")
 
 
 def linear_cross_entropy(
@@ -240,7 +168,7 @@ def linear_cross_entropy(
         leave_threads()
     _check(hidden, weight, target, bias)
     if class_weight is not None:
-        _check_weight("class_weight", class_weight, hidden, len(weight))
+        _check_weight("class_weight", class_weight, len(weight), "hidden", hidden)
         if class_weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("class_weight: requires grad, which has no gradient here")
     ignore_index, label_smoothing = _checked_options(ignore_index, reduction, label_smoothing)
@@ -281,8 +209,8 @@ def _check(hidden: Any, weight: Any, target: Any, bias: Any) -> None:
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != hidden.dtype and not (autocast and t.is_floating_point()):
             raise TypeError(f"{name}: expected hidden's {hidden.dtype}, got {t.dtype}")
-        if t is not None and t.device != hidden.device:
-            raise ValueError(f"{name}: on device {t.device} where hidden is on {hidden.device}")
+        if t is not None:
+            check_device(name, t, "hidden", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected (V, {hidden.shape[-1]}) for hidden's {tuple(hidden.shape)}, got {tuple(weight.shape)}"
@@ -295,5 +223,4 @@ def _check(hidden: Any, weight: Any, target: Any, bias: Any) -> None:
         raise ValueError(
             f"target: expected {tuple(hidden.shape[:-1])} for hidden's {tuple(hidden.shape)}, got {tuple(target.shape)}"
         )
-    if target.device != hidden.device:
-        raise ValueError(f"target: on device {target.device} where hidden is on {hidden.device}")
+    check_device("target", target, "hidden", hidden)

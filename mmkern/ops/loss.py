@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
@@ -11,23 +11,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
-from mmkern.ops._autograd import Late
+from mmkern.ops._autograd import Late, Values
+from mmkern.ops._checks import autocast_dtype, by_value, check_dense, check_device, kind
 from mmkern.ops._numbers import integer, probability
-from mmkern.ops.dispatch import Op, Refusal, Values, autocast_dtype, by_value, check_dense
+from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
 from mmkern.reference.gradients import formula_gradients
+from mmkern.reference.loss import IN_FORWARD, MEAN, NONE, SUM
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
-
-def _refuse(input: Tensor, target: Tensor, *_: object) -> str | None:
-    for t in (input, target):
-        if t.dtype not in _KERNEL_DTYPES and t.dtype != torch.int64:
-            return f"the kernels take float32, bfloat16 and float16, not {t.dtype}"
-    return None
-
-
-_SCALES: dict[str, Refusal] = dict.fromkeys(("cpu", "triton"), lambda grad, *_: _refuse(grad, grad))
+_REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 
 def _fake(
@@ -73,31 +64,33 @@ _scale = Op(
     "cross_entropy_bwd(Tensor grad, Tensor grad_loss, Tensor? unit) -> Tensor",
     reference=reference.cross_entropy_backward,
     fake=lambda grad, grad_loss, unit: _like(grad),
-    kernels=_SCALES,
-    triton="loss.cross_entropy_bwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "loss.cross_entropy_bwd")],
+    dtype_of=["grad"],
 )
 _scale_ = Op(
     "cross_entropy_bwd_(Tensor(a!) grad, Tensor grad_loss, Tensor? unit) -> ()",
     reference=reference.cross_entropy_backward_,
     fake=lambda grad, grad_loss, unit: None,
-    kernels=_SCALES,
-    triton="loss.cross_entropy_bwd_",
+    kernels=[Kernel(CPU), Kernel(TRITON, "loss.cross_entropy_bwd_")],
+    dtype_of=["grad"],
 )
 
 
-def _backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    grad_loss, saved, unit = grads[0], outputs[1:3], outputs[3]
-    plain = [*args[:-1], 0]  # the formula of the loss alone
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
-        return formula_gradients(reference.cross_entropy_loss, [grad_loss], plain, wanted)
-    found: list[Tensor | None] = [None] * len(args)
-    if wanted[2]:
-        found = formula_gradients(reference.cross_entropy_loss, [grad_loss], plain, [i == 2 for i in range(len(args))])
-    if grad_loss.dim() and (target := args[1]) is not None and not target.is_floating_point():
-        grad_loss = grad_loss.masked_fill(target == args[3], 0.0)  # 0 * inf is not 0
-    for i, gradient in enumerate(saved):
-        if wanted[i]:
-            found[i] = _scaled(gradient, grad_loss, unit)
+def _backward(grads: Values, args: Any, outputs: Values, wanted: Collection[str]) -> dict[str, Tensor]:
+    grad_loss, unit = grads[0], outputs[3]
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # these are to be differentiated
+    found: dict[str, Tensor] = {}
+    if again or "weight" in wanted:
+        plain = args._replace(wanted=0)  # the formula of the loss alone
+        asked = wanted if again else ["weight"]
+        found = formula_gradients(reference.cross_entropy_loss, [grad_loss], plain, asked)
+        if again:
+            return found
+    if grad_loss.dim() and (target := args.target) is not None and not target.is_floating_point():
+        grad_loss = grad_loss.masked_fill(target == args.ignore_index, 0.0)  # 0 * inf is not 0
+    for name, gradient in zip(IN_FORWARD, outputs[1:3], strict=True):
+        if name in wanted:
+            found[name] = _scaled(gradient, grad_loss, unit)
     return found
 
 
@@ -110,17 +103,15 @@ def _scaled(saved: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
     return saved
 
 
-def _save(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
-    input, target, weight = args[:3]
-    kept = *wanted[:2], torch.float16 in (input.dtype, target.dtype)
-    if not wanted[2]:  # the gradients are here already: the formula is for those of second order
-        mask = args[4] == 0 and not target.is_floating_point()
-        args = Late(input), target if mask else Late(target), None if weight is None else Late(weight), *args[3:]
-    return args, (None, *(t if keep else None for t, keep in zip(outputs[1:], kept, strict=True)))
-
-
-def _wanted(args: Values) -> int:
-    return args[0].requires_grad + 2 * (args[1].is_floating_point() and args[1].requires_grad)
+def _save(args: Any, outputs: Values, wanted: Collection[str]) -> tuple[Values, Values]:
+    input, target, weight = args.input, args.target, args.weight
+    _, *gradients, unit = outputs
+    kept = [gradient if name in wanted else None for name, gradient in zip(IN_FORWARD, gradients, strict=True)]
+    if "weight" not in wanted:  # the gradients are here already: the formula is for those of second order
+        mask = args.reduction == NONE and not target.is_floating_point()
+        late = None if weight is None else Late(weight)
+        args = args._replace(input=Late(input), target=target if mask else Late(target), weight=late)
+    return args, (None, *kept, unit if torch.float16 in (input.dtype, target.dtype) else None)
 
 
 _cross_entropy = Op(
@@ -128,11 +119,11 @@ _cross_entropy = Op(
     "float label_smoothing, bool wide, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.cross_entropy,
     fake=_fake,
-    kernels={"cpu": _refuse, "triton": _refuse},
-    triton="loss.cross_entropy_fwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "loss.cross_entropy_fwd")],
+    dtype_of=["input", "target"],
     backward=_backward,
     save=_save,
-    hidden=_wanted,
+    hidden=lambda args: IN_FORWARD,
 )
 
 
@@ -184,7 +175,7 @@ def cross_entropy(
     target = _check_target(target, input, ignore_index)
     soft = target.is_floating_point()
     if weight is not None:
-        _check_weight("weight", weight, input, input.shape[min(1, input.dim() - 1)])
+        _check_weight("weight", weight, input.shape[min(1, input.dim() - 1)], "input", input)
     dtype = _loss_dtype(input, target if soft else None, weight if soft else None)
     wide = dtype != input.dtype
     args = input, target, weight, ignore_index, _REDUCTIONS[reduction], label_smoothing, wide, 0
@@ -218,8 +209,7 @@ def _check_target(target: Any, input: Tensor, ignore_index: int) -> Tensor:
     check_dense("target", target)
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"target: expected classes (integers) or probabilities (floating point), got {target.dtype}")
-    if target.device != input.device:
-        raise ValueError(f"target: on device {target.device} where input is on {input.device}")
+    check_device("target", target, "input", input)
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(
@@ -238,15 +228,13 @@ def _check_target(target: Any, input: Tensor, ignore_index: int) -> Tensor:
     return target.long()
 
 
-def _check_weight(name: str, weight: Any, input: Tensor, classes: int) -> None:
+def _check_weight(name: str, weight: Any, classes: int, other: str, of_other: Tensor) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"{name}: expected a floating-point Tensor, got {kind}")
+        raise TypeError(f"{name}: expected a floating-point Tensor, got {kind(weight)}")
     if weight.shape != (classes,):
         raise ValueError(f"{name}: expected shape ({classes},), one for each class, got {tuple(weight.shape)}")
     check_dense(name, weight)
-    if weight.device != input.device:
-        raise ValueError(f"{name}: on device {weight.device} where input is on {input.device}")
+    check_device(name, weight, other, of_other)
 
 
 def _checked_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> tuple[int, float]:

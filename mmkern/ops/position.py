@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,24 +10,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
+from mmkern.ops._autograd import Values
+from mmkern.ops._checks import DTYPES, autocast_dtype, check_dense, dropout_seed, kind
 from mmkern.ops._numbers import integer, number, probability
-from mmkern.ops.dispatch import Op, Refusal, Values, autocast_dtype, check_dense
+from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
 
 ENCODINGS = ("sinusoidal", "scalar", "sincos2d")
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _refuse_dtype(dtype: torch.dtype) -> str | None:
-    return "the kernels take float32, bfloat16 and float16, not torch.float64" if dtype == torch.float64 else None
-
-
-def _refuse(x: Tensor, *_: object) -> str | None:
-    return _refuse_dtype(x.dtype)
-
-
-def refusals(refuse: Refusal) -> dict[str, Refusal]:
-    """The kernels of either device take the same calls."""
-    return {"cpu": refuse, "triton": refuse}
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -45,53 +33,62 @@ _table_backward = Op(
     "Tensor? dropout_seed) -> Tensor",
     reference=reference.position_table_gradient,
     fake=lambda grad, max_length, *_: grad.new_empty(max_length, grad.shape[-1]),
-    kernels=refusals(_refuse),
-    triton="position.position_table_bwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "position.position_table_bwd")],
+    dtype_of=["grad"],
 )
 _embed_backward = Op(
     "embed_tokens_bwd(Tensor grad, Tensor tokens, SymInt vocabulary, float scale, float dropout_p, int? padding_idx, "
     "Tensor? dropout_seed) -> Tensor",
     reference=reference.embedding_gradient,
     fake=lambda grad, tokens, vocabulary, *_: grad.new_empty(vocabulary, grad.shape[-1]),
-    kernels=refusals(_refuse),
-    triton="position.embed_tokens_bwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "position.embed_tokens_bwd")],
+    dtype_of=["grad"],
 )
 
 
-def _add_backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    (grad,), (_, _, max_length, offset, offsets, scale, dropout_p, seed) = grads, args
-    found: list[Tensor | None] = [None] * len(args)
-    if wanted[0]:  # scaled and dropped as x was, with nothing added
-        found[0] = _add(grad, "none", None, 0, None, scale, dropout_p, seed)
-    if wanted[2]:
-        found[2] = _table_backward(grad, max_length, offset, offsets, dropout_p, seed)
+def _add_backward(grads: Values, args: Any, outputs: Values, wanted: Collection[str]) -> dict[str, Tensor]:
+    (grad,) = grads
+    found = {}
+    if "x" in wanted:  # scaled and dropped as x was, with nothing added
+        found["x"] = _add(grad, "none", None, 0, None, args.scale, args.dropout_p, args.dropout_seed)
+    if "table" in wanted:
+        found["table"] = _table_gradient(grad, args)
     return found
 
 
-def _embed_tokens_backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    (grad,), (tokens, vocabulary, _, max_length, offset, offsets, scale, dropout_p, padding_idx, seed) = grads, args
-    found: list[Tensor | None] = [None] * len(args)
-    if wanted[1]:
-        found[1] = _embed_backward(grad, tokens, vocabulary, scale, dropout_p, padding_idx, seed)
-    if wanted[3]:
-        found[3] = _table_backward(grad, max_length, offset, offsets, dropout_p, seed)
+def _table_gradient(grad: Tensor, args: Any) -> Tensor:
+    return _table_backward(grad, args.table, args.offset, args.offsets, args.dropout_p, args.dropout_seed)
+
+
+def _embed_tokens_backward(grads: Values, args: Any, outputs: Values, wanted: Collection[str]) -> dict[str, Tensor]:
+    (grad,) = grads
+    found = {}
+    if "weight" in wanted:
+        options = args.scale, args.dropout_p, args.padding_idx, args.dropout_seed
+        found["weight"] = _embed_backward(grad, args.tokens, args.weight, *options)
+    if "table" in wanted:
+        found["table"] = _table_gradient(grad, args)
     return found
 
 
-def _save_table(args: Values, wanted: bool) -> Values:
-    """Rows of the table, offset and offsets, as far as backward reads them.
+def _with_sizes(args: Any, wanted: Collection[str]) -> Any:
+    """The arguments with the table's number of rows in its place, as far as backward reads them.
 
     Offsets are a few numbers, which a caller may count up in place: they are copied.
     """
-    table, offset, offsets = args
-    if not wanted:
-        return None, 0, None
-    return table.shape[0], offset, None if offsets is None else offsets.clone()
+    if "table" not in wanted:
+        return args._replace(table=None, offset=0, offsets=None)
+    offsets = None if args.offsets is None else args.offsets.clone()
+    return args._replace(table=args.table.shape[0], offsets=offsets)
 
 
-def _save_embedding(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
-    tokens = args[0] if wanted[1] else None
-    return (tokens, args[1].shape[0], args[2], *_save_table(args[3:6], wanted[3]), *args[6:]), ()
+def _save_added(args: Any, outputs: Values, wanted: Collection[str]) -> tuple[Values, Values]:
+    return _with_sizes(args, wanted)._replace(x=None), ()
+
+
+def _save_embedding(args: Any, outputs: Values, wanted: Collection[str]) -> tuple[Values, Values]:
+    tokens = args.tokens if "weight" in wanted else None
+    return _with_sizes(args, wanted)._replace(tokens=tokens, weight=args.weight.shape[0]), ()
 
 
 _add = Op(
@@ -99,18 +96,18 @@ _add = Op(
     "float dropout_p, Tensor? dropout_seed) -> Tensor",
     reference=reference.add_positional_encoding,
     fake=lambda x, *_: _empty_rows(x),
-    kernels=refusals(_refuse),
-    triton="position.add_positional_encoding_fwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "position.add_positional_encoding_fwd")],
+    dtype_of=["x"],
     backward=_add_backward,
-    save=lambda args, outputs, wanted: ((None, args[1], *_save_table(args[2:5], wanted[2]), *args[5:]), ()),
+    save=_save_added,
 )
 _embed = Op(
     "embed_tokens_fwd(Tensor tokens, Tensor weight, str encoding, Tensor? table, SymInt offset, Tensor? offsets, "
     "float scale, float dropout_p, int? padding_idx, Tensor? dropout_seed) -> Tensor",
     reference=reference.embed_tokens,
     fake=lambda tokens, weight, *_: weight.new_empty(*tokens.shape, weight.shape[1]),
-    kernels=refusals(lambda tokens, weight, *_: _refuse_dtype(weight.dtype)),
-    triton="position.embed_tokens_fwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "position.embed_tokens_fwd")],
+    dtype_of=["weight"],
     backward=_embed_tokens_backward,
     save=_save_embedding,
 )
@@ -160,8 +157,8 @@ def add_positional_encoding(
     if has_torch_function_variadic(x, encoding, offset):
         options: dict[str, Any] = {"offset": offset, "scale": scale, "dropout_p": dropout_p}
         return handle_torch_function(add_positional_encoding, (x, encoding, offset), x, encoding, **options)
-    if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
-        raise TypeError(f"x: expected a floating-point tensor, got {_kind(x)}")
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        raise TypeError(f"x: expected a floating-point tensor, got {kind(x)}")
     check_dense("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected (..., length, dim), got shape {tuple(x.shape)}")
@@ -169,7 +166,7 @@ def add_positional_encoding(
     x = x.to(dtype)
     where = _positions("x", encoding, offset, x.shape, x.dtype)
     scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
-    return _add(x, *where, scale, dropout_p, _seed(dropout_p, x))
+    return _add(x, *where, scale, dropout_p, dropout_seed(dropout_p, x))
 
 
 def embed_tokens(
@@ -213,9 +210,9 @@ def embed_tokens(
         given = tokens, weight, encoding, offset
         return handle_torch_function(embed_tokens, given, tokens, weight, encoding, **options)
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"tokens: expected an int64 or int32 tensor, got {_kind(tokens)}")
-    if not isinstance(weight, Tensor) or weight.dtype not in _FLOATING:
-        raise TypeError(f"weight: expected a floating-point tensor, got {_kind(weight)}")
+        raise TypeError(f"tokens: expected an int64 or int32 tensor, got {kind(tokens)}")
+    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
+        raise TypeError(f"weight: expected a floating-point tensor, got {kind(weight)}")
     check_dense("tokens", tokens)
     check_dense("weight", weight)
     if tokens.dim() < 1 or weight.dim() != 2:
@@ -237,12 +234,12 @@ def embed_tokens(
         if not -vocabulary <= padding_idx < vocabulary:
             raise IndexError(f"padding_idx: {padding_idx} is outside the vocabulary of {vocabulary} rows of weight")
         padding_idx %= vocabulary
-    return _embed(tokens, weight, *where, scale, dropout_p, padding_idx, _seed(dropout_p, weight))
+    return _embed(tokens, weight, *where, scale, dropout_p, padding_idx, dropout_seed(dropout_p, weight))
 
 
 def _promoted(x: Tensor, encoding: Any) -> tuple[torch.dtype, Any]:
     """The dtype of `x + table` as torch promotes it under autocast, and the table in it; else x's own."""
-    if isinstance(encoding, Tensor) and encoding.dtype in _FLOATING and autocast_dtype(x) is not None:
+    if isinstance(encoding, Tensor) and encoding.dtype in DTYPES and autocast_dtype(x) is not None:
         dtype = torch.promote_types(x.dtype, encoding.dtype)
         return dtype, encoding.to(dtype)
     return x.dtype, encoding
@@ -256,26 +253,26 @@ def _positions(
     table: Tensor | None = None
     offsets: Tensor | None = None
     if not isinstance(encoding, str):
-        table, kind = encoding, "table"
+        table, name_of = encoding, "table"
         if not isinstance(table, Tensor):
-            raise TypeError(f"encoding: expected a name or a tensor, got {_kind(table)}")
+            raise TypeError(f"encoding: expected a name or a tensor, got {kind(table)}")
         check_dense("encoding", table)
         if table.dim() != 2 or table.shape[1] != dim:
             raise ValueError(f"encoding: expected a table (max_length, {dim}), got shape {tuple(table.shape)}")
         if table.dtype != dtype:
             raise TypeError(f"encoding: the table has {table.dtype}, what it is added to {dtype}")
     else:
-        kind = encoding
-        if kind == "sincos2d" and (len(shape) < 3 or dim % 4):
+        name_of = encoding
+        if name_of == "sincos2d" and (len(shape) < 3 or dim % 4):
             raise ValueError(
                 f"{name}: 'sincos2d' takes (..., height, width, dim) with dim divisible by 4, got shape {tuple(shape)}"
             )
-        if kind != "none" and kind not in ENCODINGS:
+        if name_of != "none" and name_of not in ENCODINGS:
             raise ValueError(f"encoding: expected a tensor or one of {', '.join(ENCODINGS)}, got {encoding!r}")
     if isinstance(offset, Tensor) and (offset.dim() > 0 or len(shape) > 2):
         offsets, offset = offset, 0
         if offsets.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"offset: expected an int or a tensor of int64 or int32, got {_kind(offsets)}")
+            raise TypeError(f"offset: expected an int or a tensor of int64 or int32, got {kind(offsets)}")
         check_dense("offset", offsets)
         if len(shape) < 3 or (offsets.shape != shape[:1] and offsets.shape not in ((), (1,))):
             raise ValueError(
@@ -288,17 +285,6 @@ def _positions(
         raise IndexError(
             f"offset: {offset} + length {length} = {offset + length} exceeds max_length {table.shape[0]} of the table"
         )
-    if kind == "sincos2d" and (offsets is not None or offset):
+    if name_of == "sincos2d" and (offsets is not None or offset):
         raise ValueError("offset: 'sincos2d' takes none, a grid starts at row 0, column 0")
-    return kind, table, offset, offsets
-
-
-def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
-    """One draw from the device's default generator, where anything is dropped."""
-    if not dropout_p:
-        return None
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    return name_of, table, offset, offsets

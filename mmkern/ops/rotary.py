@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, overload
 
 import torch
@@ -10,27 +10,27 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
+from mmkern.ops._autograd import Values
+from mmkern.ops._checks import DTYPES, check_dense, kind
 from mmkern.ops._numbers import integer, number
-from mmkern.ops.dispatch import Op, Values, check_dense
-from mmkern.ops.position import _FLOATING, _empty_rows, _kind, _refuse_dtype, refusals
+from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
+from mmkern.ops.position import _empty_rows
 
 
-def _turn_back(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+def _turn_back(grads: Values, args: Any, outputs: Values, wanted: Collection[str]) -> dict[str, Tensor]:
     """The gradient of turning is the gradient of the result, turned back; nothing of q or k is needed."""
-    *where, inverse = args[len(grads) :]
-    asked = [i for i, grad in enumerate(grads) if grad is not None and wanted[i]]
-    found: list[Tensor | None] = [None] * len(args)
+    where = args.positions, args.base, args.layout, args.rotary_dim, args.grid, not args.inverse
+    asked = {name: grad for name, grad in zip("qk", grads, strict=False) if grad is not None and name in wanted}
     if len(asked) == 2:
-        found[:2] = _rotary_qk(*grads, *where, not inverse)
-    elif asked:
-        found[asked[0]] = _rotary(grads[asked[0]], *where, not inverse)
-    return found
+        return dict(zip("qk", _rotary_qk(*asked.values(), *where), strict=True))
+    return {name: _rotary(grad, *where) for name, grad in asked.items()}
 
 
-def _saved(where: Values) -> Values:
-    """positions and options; the positions copied, since a caller may count them up in place."""
-    positions, *options = where
-    return None if positions is None else positions.clone(), *options
+def _save(args: Any, outputs: Values, wanted: Collection[str]) -> tuple[Values, Values]:
+    """Positions and options; the positions copied, since a caller may count them up in place."""
+    positions = None if args.positions is None else args.positions.clone()
+    turned = dict.fromkeys(name for name in ("q", "k") if name in args._fields)
+    return args._replace(positions=positions, **turned), ()
 
 
 _rotary = Op(
@@ -38,20 +38,20 @@ _rotary = Op(
     "-> Tensor",
     reference=reference.rotary,
     fake=lambda q, *_: _empty_rows(q),
-    kernels=refusals(lambda q, *_: _refuse_dtype(q.dtype)),
-    triton="rotary.rotary_fwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "rotary.rotary_fwd")],
+    dtype_of=["q"],
     backward=_turn_back,
-    save=lambda args, outputs, wanted: ((None, *_saved(args[1:])), ()),
+    save=_save,
 )
 _rotary_qk = Op(
     "rotary_qk_fwd(Tensor q, Tensor k, Tensor? positions, float base, str layout, SymInt rotary_dim, int[]? grid, "
     "bool inverse) -> (Tensor, Tensor)",
     reference=reference.rotary_qk,
     fake=lambda q, k, *_: (_empty_rows(q), _empty_rows(k)),
-    kernels=refusals(lambda q, *_: _refuse_dtype(q.dtype)),
-    triton="rotary.rotary_qk_fwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "rotary.rotary_qk_fwd")],
+    dtype_of=["q"],
     backward=_turn_back,
-    save=lambda args, outputs, wanted: ((None, None, *_saved(args[2:])), ()),
+    save=_save,
 )
 
 
@@ -124,8 +124,8 @@ def rotary(
     if has_torch_function_variadic(q, k, positions):
         options: dict[str, Any] = {"base": base, "layout": layout, "rotary_dim": rotary_dim, "grid": grid}
         return handle_torch_function(rotary, (q, k, positions), q, k, positions, **options)  # type: ignore[arg-type]
-    if not isinstance(q, Tensor) or q.dtype not in _FLOATING:
-        raise TypeError(f"q: expected a floating-point tensor, got {_kind(q)}")
+    if not isinstance(q, Tensor) or q.dtype not in DTYPES:
+        raise TypeError(f"q: expected a floating-point tensor, got {kind(q)}")
     check_dense("q", q)
     if q.dim() < 2:
         raise ValueError(f"q: expected (..., length, dim), got shape {tuple(q.shape)}")
@@ -133,7 +133,7 @@ def rotary(
     length, dim = shape[-2], shape[-1]
     if k is not None:
         if not isinstance(k, Tensor) or k.dtype != q.dtype:
-            raise TypeError(f"k: expected a tensor of q's dtype {q.dtype}, got {_kind(k)}")
+            raise TypeError(f"k: expected a tensor of q's dtype {q.dtype}, got {kind(k)}")
         check_dense("k", k)
         k_shape = k.shape
         same = len(k_shape) == len(shape) and k_shape[-2] == length and k_shape[-1] == dim
@@ -143,7 +143,7 @@ def rotary(
             )
     if positions is not None:
         if not isinstance(positions, Tensor) or positions.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"positions: expected a tensor of int64 or int32, got {_kind(positions)}")
+            raise TypeError(f"positions: expected a tensor of int64 or int32, got {kind(positions)}")
         check_dense("positions", positions)
         positions = positions.long()
         if positions.dim() == 2 and positions.shape[0] == 1:  # one row for all

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,21 +10,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from mmkern import reference
+from mmkern.ops._autograd import Values
+from mmkern.ops._checks import autocast_dtype, broadcasts, check_dense, check_device, dropout_seed, kind
 from mmkern.ops._numbers import integer, number, probability
-from mmkern.ops.dispatch import Op, Refusal, Values, autocast_dtype, check_dense
+from mmkern.ops.dispatch import CPU, CUDA, TRITON, Kernel, Op
+from mmkern.reference.gradients import bits, in_order, of_bits
+from mmkern.reference.softmax import DIFFERENTIABLE
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
-
-
-def _refuse(input: Tensor, *_: object) -> str | None:
-    if input.dtype not in _KERNEL_DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, not {input.dtype}"
-    return None
-
-
-_KERNELS: dict[str, Refusal] = {"cpu": _refuse, "triton": _refuse}
-_WITH_CUDA: dict[str, Refusal] = {**_KERNELS, "cuda": _refuse}
 
 
 def _fake(input: Tensor, *_: object) -> Tensor:
@@ -39,88 +32,84 @@ _softmax_backward = Op(
     "softmax_bwd(Tensor grad, Tensor output, int dim) -> Tensor",
     reference.softmax_backward,
     _fake_backward,
-    _WITH_CUDA,
-    triton="softmax.softmax_bwd",
+    kernels=[Kernel(CPU), Kernel(CUDA), Kernel(TRITON, "softmax.softmax_bwd")],
+    dtype_of=["grad"],
 )
 _log_softmax_backward = Op(
     "log_softmax_bwd(Tensor grad, Tensor output, int dim) -> Tensor",
     reference.log_softmax_backward,
     _fake_backward,
-    _WITH_CUDA,
-    triton="softmax.log_softmax_bwd",
+    kernels=[Kernel(CPU), Kernel(CUDA), Kernel(TRITON, "softmax.log_softmax_bwd")],
+    dtype_of=["grad"],
 )
 
 
-def _save_output(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
-    return (None, *args[1:]), outputs
+def _save_output(args: Any, outputs: Values, wanted: Collection[str]) -> tuple[Values, Values]:
+    return (None, args.dim), outputs
 
 
 _softmax = Op(
     "softmax_fwd(Tensor input, int dim) -> Tensor",
     reference.softmax,
     _fake,
-    _WITH_CUDA,
-    triton="softmax.softmax_fwd",
-    backward=lambda grads, args, outputs, wanted: [_softmax_backward(grads[0], outputs[0], args[1]), None],
+    kernels=[Kernel(CPU), Kernel(CUDA), Kernel(TRITON, "softmax.softmax_fwd")],
+    dtype_of=["input"],
+    backward=lambda grads, args, outputs, wanted: {"input": _softmax_backward(grads[0], outputs[0], args.dim)},
     save=_save_output,
 )
 _log_softmax = Op(
     "log_softmax_fwd(Tensor input, int dim) -> Tensor",
     reference.log_softmax,
     _fake,
-    _WITH_CUDA,
-    triton="softmax.log_softmax_fwd",
-    backward=lambda grads, args, outputs, wanted: [_log_softmax_backward(grads[0], outputs[0], args[1]), None],
+    kernels=[Kernel(CPU), Kernel(CUDA), Kernel(TRITON, "softmax.log_softmax_fwd")],
+    dtype_of=["input"],
+    backward=lambda grads, args, outputs, wanted: {"input": _log_softmax_backward(grads[0], outputs[0], args.dim)},
     save=_save_output,
 )
 _softmax_out = Op(
     "softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
     reference.softmax_out,
     lambda input, dim, out: None,
-    _WITH_CUDA,
-    triton="softmax.softmax_out",
+    kernels=[Kernel(CPU), Kernel(CUDA), Kernel(TRITON, "softmax.softmax_out")],
+    dtype_of=["input"],
 )
 _log_softmax_out = Op(
     "log_softmax_out(Tensor input, int dim, Tensor(a!) out) -> ()",
     reference.log_softmax_out,
     lambda input, dim, out: None,
-    _WITH_CUDA,
-    triton="softmax.log_softmax_out",
+    kernels=[Kernel(CPU), Kernel(CUDA), Kernel(TRITON, "softmax.log_softmax_out")],
+    dtype_of=["input"],
 )
 
 
 def _fake_masked_backward(
-    grad: Tensor, output: Tensor | None, input: Tensor | None, mask: Tensor | None, scale: float, bias: Tensor | None,
+    grad: Tensor, output: Tensor | None, x: Tensor | None, mask: Tensor | None, scale: float, bias: Tensor | None,
     dim: int, dropout_p: float, dropout_seed: Tensor | None, wanted: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = [grad.new_empty(grad.shape if wanted & 1 else 0)]
-    for bit, term in ((2, mask), (4, bias)):
-        grads.append(term.new_empty(term.shape) if wanted & bit and term is not None else grad.new_empty(0))
-    return grads[0], grads[1], grads[2]
+) -> tuple[Tensor, ...]:  # fmt: skip
+    terms = {"x": grad, "mask": mask, "bias": bias}
+    found = {name: t.new_empty(t.shape) for name in of_bits(DIFFERENTIABLE, wanted) if (t := terms[name]) is not None}
+    return in_order(DIFFERENTIABLE, found, grad)
 
 
 _masked_softmax_backward = Op(
-    "masked_softmax_bwd(Tensor grad, Tensor? output, Tensor? input, Tensor? mask, float scale, Tensor? bias, int dim, "
+    "masked_softmax_bwd(Tensor grad, Tensor? output, Tensor? x, Tensor? mask, float scale, Tensor? bias, int dim, "
     "float dropout_p, Tensor? dropout_seed, int wanted) -> (Tensor, Tensor, Tensor)",
     reference.masked_softmax_backward,
     _fake_masked_backward,
-    _KERNELS,
-    triton="softmax.masked_softmax_bwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "softmax.masked_softmax_bwd")],
+    dtype_of=["grad"],
 )
 
 
-def _masked_backward(grads: Values, args: Values, outputs: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    input, mask, scale, bias, dim, dropout_p, seed = args
-    bits = wanted[0] << 0 | wanted[1] << 1 | wanted[3] << 2
-    found = _masked_softmax_backward(grads[0], outputs[0], input, mask, scale, bias, dim, dropout_p, seed, bits)
-    x, term, added = (gradient if bits >> i & 1 else None for i, gradient in enumerate(found))
-    return [x, term, None, added, None, None, None]
+def _masked_backward(grads: Values, args: Any, outputs: Values, wanted: Collection[str]) -> dict[str, Tensor]:
+    found = _masked_softmax_backward(grads[0], outputs[0], *args, bits(DIFFERENTIABLE, wanted))
+    return {name: gradient for name, gradient in zip(DIFFERENTIABLE, found, strict=True) if name in wanted}
 
 
-def _save_masked(args: Values, outputs: Values, wanted: Sequence[bool]) -> tuple[Values, Values]:
+def _save_masked(args: Any, outputs: Values, wanted: Collection[str]) -> tuple[Values, Values]:
     """The output, which whatever comes next keeps too. With dropout it no longer shows all weights: then the input,
     from which the kernel computes them again. Keeping them instead would cost as much, and a write in forward."""
-    return ((None, *args[1:]), outputs) if args[-1] is None else (args, (None,))
+    return (args._replace(x=None), outputs) if args.dropout_seed is None else (args, (None,))
 
 
 _masked_softmax = Op(
@@ -128,8 +117,8 @@ _masked_softmax = Op(
     "Tensor? dropout_seed) -> Tensor",
     reference.masked_softmax,
     _fake,
-    _KERNELS,
-    triton="softmax.masked_softmax_fwd",
+    kernels=[Kernel(CPU), Kernel(TRITON, "softmax.masked_softmax_fwd")],
+    dtype_of=["x"],
     backward=_masked_backward,
     save=_save_masked,
 )
@@ -224,10 +213,7 @@ def masked_softmax(
     scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
     if x.dim() == 0:
         return masked_softmax(x[None], mask, scale=scale, bias=bias, dropout_p=dropout_p)[0]
-    # One draw from the device's default generator: manual_seed and checkpointing work as with torch's dropout.
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seed = dropout_seed(dropout_p, x)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, mask, bias))
     if wants_grad and not torch.compiler.is_compiling():  # which would ask for the sizes of a dynamic shape
         mask, bias = _kept_from_edits(mask, x), _kept_from_edits(bias, x)
@@ -297,13 +283,12 @@ def _checked_term(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...])
     if isinstance(t, Tensor) and t.dtype in _HALVES and t.dtype not in dtypes and autocast_dtype(x) is not None:
         t = t.float()  # autocast mixes the 16-bit dtypes; float32 holds either
     if not isinstance(t, Tensor) or t.dtype not in dtypes:
-        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name}: expected a Tensor of {', '.join(map(str, dict.fromkeys(dtypes)))}, got {kind}")
-    if t.device != x.device:
-        raise ValueError(f"{name}: on device {t.device} where x is on {x.device}")
-    missing = x.dim() - t.dim()
-    if missing == 0 and t.shape == x.shape:  # of other ranks, torch.export would compare the first dims, and fix them
+        raise TypeError(f"{name}: expected a Tensor of {', '.join(map(str, dict.fromkeys(dtypes)))}, got {kind(t)}")
+    check_device(name, t, "x", x)
+    if (
+        t.dim() == x.dim() and t.shape == x.shape
+    ):  # of other ranks, torch.export would compare the first dims, and fix them
         return t
-    if missing < 0 or any(n not in (1, m) for n, m in zip(t.shape, x.shape[missing:], strict=True)):
+    if not broadcasts(t, x.shape):
         raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}")
     return t

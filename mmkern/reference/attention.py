@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkern.reference.gradients import formula_gradients
+from mmkern.reference.gradients import formula_gradients, in_order, of_bits, record
+from mmkern.reference.numerics import kept, wide
+from mmkern.reference.numerics import visible as let_through
 from mmkern.reference.philox import keep_mask
+
+# The arguments that have gradients, in the order in which operators return these and `wanted` has its bits.
+DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "temperature", "alibi_slopes", "sinks")
 
 
 class Similarity(IntEnum):
@@ -62,7 +67,7 @@ def attention(
     lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)) + top).squeeze(-1)
     if dropout_seed is not None:
         keep = keep_mask(dropout_seed, dropout_p, weights.shape, weights.device)
-        weights = torch.where(keep, weights / (1 - dropout_p), 0.0) if dropout_p < 1 else weights * 0.0
+        weights = kept(weights, dropout_p, keep)
         visible = visible & keep
     out = _weighted_sum(weights, v, visible).to(query.dtype)
     return _laid_out(out, query), lse
@@ -85,9 +90,7 @@ def attention_scores(
 ) -> tuple[Tensor, Tensor]:
     """(B..., H, L, S) scores, minus infinity where hidden, and what is visible. Each step rounds to the dtype."""
     heads, q_len, k_len = query.shape[-3], query.shape[-2], key.shape[-2]
-    q, k = query, key.repeat_interleave(heads // max(key.shape[-3], 1), -3)
-    if q.dtype in (torch.float16, torch.bfloat16):
-        q, k = q.float(), k.float()
+    q, k = wide(query), wide(key.repeat_interleave(heads // max(key.shape[-3], 1), -3))
     length = torch.full((), k_len, device=q.device)
     if key_lengths is not None:
         length = key_lengths.clamp(0, k_len)[..., None, None, None]
@@ -100,10 +103,8 @@ def attention_scores(
         visible = visible & (j >= i - window_left)
     if window_right >= 0:
         visible = visible & (j <= i + window_right)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        visible = visible & attn_mask
-    elif attn_mask is not None:
-        visible = visible & (attn_mask != -torch.inf)
+    if attn_mask is not None:
+        visible = visible & let_through(attn_mask)
 
     # Padding may hold anything: a NaN in a key that no query sees would reach query's gradient as 0 * NaN.
     k = torch.where(visible.any(-2)[..., None], k, 0.0)
@@ -121,41 +122,45 @@ def attention_scores(
 
 
 def attention_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, *rest: Any
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    """Gradients of `attention` for its seven float tensors, empty where its bit of the last argument is not set.
+    """Gradients of `attention` for what is DIFFERENTIABLE, empty where its bit of the last argument is not set.
 
-    `rest` is what `attention` takes after query, then that bit mask. The formula needs neither out nor lse.
+    `args` is what `attention` takes, then that bit mask. The formula needs neither out nor lse.
     """
-    *args, wanted = query, *rest
-    places = (0, 1, 2, 3, 8, 12, 14)  # query, key, value, attn_mask, temperature, alibi_slopes, sinks
-    which = [i in places and bool(wanted >> places.index(i) & 1) for i in range(len(args))]
-    found = formula_gradients(attention, (grad_out, grad_lse), args, which)
-    return tuple(query.new_empty(0) if (gradient := found[i]) is None else gradient for i in places)
+    *given, wanted = args
+    named = record(attention)(*given)
+    found = formula_gradients(attention, (grad_out, grad_lse), named, of_bits(DIFFERENTIABLE, wanted))
+    return in_order(DIFFERENTIABLE, found, named.query)
 
 
 def attention_backward_gradients(
-    grads: Sequence[Tensor | None], args: Sequence[Any], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of `attention_backward(*args)`, one batch entry after another: memory for the scores of one."""
-    batch, seed = args[4].shape[0], args[20]
+    grads: Sequence[Tensor | None], args: Any, wanted: Collection[str]
+) -> dict[str, Tensor]:
+    """Gradients of `attention_backward(*args)`, one batch entry after another: memory for the scores of one.
+
+    args: a record of its arguments.
+    """
+    batch, seed = args.query.shape[0], args.dropout_seed
     if batch < 2:
         return formula_gradients(attention_backward, grads, args, wanted)
-    shared = {12, 18, 20}  # temperature, sinks, dropout_seed
-    split = [isinstance(a, Tensor) and i not in shared and a.shape[0] == batch for i, a in enumerate(args)]
-    split_grads = [g is not None and g.shape[0] == batch and i not in (4, 6) for i, g in enumerate(grads)]
-    entries = args[4].shape[:-3].numel() // batch
-    parts: list[list[Tensor | None]] = []
+    shared = {"temperature", "sinks", "dropout_seed"}  # by all batch entries, as are their gradients
+    given = args._asdict()
+    split = {n for n, a in given.items() if isinstance(a, Tensor) and n not in shared and a.shape[0] == batch}
+    entries = args.query.shape[:-3].numel() // batch
+    parts: dict[str, list[Tensor]] = {}
     for b in range(batch):
-        part = [a[b : b + 1] if one else a for a, one in zip(args, split, strict=True)]
-        part[20] = None if seed is None else torch.cat([seed, seed.new_tensor([b * entries])])
-        sliced = [g[b : b + 1] if one and g is not None else g for g, one in zip(grads, split_grads, strict=True)]
-        parts.append(formula_gradients(attention_backward, sliced, part, wanted))
-    found: list[Tensor | None] = []
-    for of_part, one in zip(zip(*parts, strict=True), split, strict=True):
-        tensors = [g for g in of_part if g is not None]
-        found.append(None if not tensors else torch.cat(tensors) if one else torch.stack(tensors).sum(0))
-    return found
+        part = args._replace(
+            **{name: given[name][b : b + 1] for name in split},
+            dropout_seed=None if seed is None else torch.cat([seed, seed.new_tensor([b * entries])]),
+        )
+        of_part = [
+            g[b : b + 1] if g is not None and name not in shared and g.shape[0] == batch else g
+            for name, g in zip(DIFFERENTIABLE, grads, strict=True)
+        ]
+        for name, gradient in formula_gradients(attention_backward, of_part, part, wanted).items():
+            parts.setdefault(name, []).append(gradient)
+    return {name: torch.cat(g) if name in split else torch.stack(g).sum(0) for name, g in parts.items()}
 
 
 def _similarity(q: Tensor, k: Tensor, kind: int) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mmkern.reference.gradients import formula_gradients
+from mmkern.reference.gradients import formula_gradients, in_order, of_bits, record
 from mmkern.reference.loss import NONE, cross_entropy
+from mmkern.reference.numerics import wide
+
+DIFFERENTIABLE = ("hidden", "weight", "bias")  # in the order in which operators return gradients and `wanted` has bits
 
 
 def linear_cross_entropy(
@@ -22,7 +25,7 @@ def linear_cross_entropy(
     label_smoothing: float,
     chunk_size: int,
     wanted: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """cross_entropy(hidden @ weight^T + bias, target) of (N, D), (V, D), (N) and (V).
 
     Returns the loss (float32, or float64) and its gradients for hidden (wanted & 1), weight (2) and bias (4), in
@@ -31,16 +34,16 @@ def linear_cross_entropy(
     counted, logits = _logits(hidden, weight, target, bias, ignore_index)
     options = class_weight, ignore_index, reduction, label_smoothing
     loss, slope, *_ = cross_entropy(logits, target, *options, True, int(wanted > 0))
+    gradients: dict[str, Callable[[], Tensor]] = {
+        "hidden": lambda: torch.where((target == ignore_index).unsqueeze(-1), 0.0, slope @ wide(weight)),
+        "weight": lambda: slope.t() @ counted,
+        "bias": lambda: slope.sum(0),
+    }
     # Written out: this may run where autograd cannot, within an operator of a compiled graph.
     with torch.no_grad():
-        found = [
-            torch.where((target == ignore_index).unsqueeze(-1), 0.0, slope @ _wide(weight)) if wanted & 1 else None,
-            slope.t() @ counted if wanted & 2 else None,
-            slope.sum(0) if wanted & 4 else None,
-        ]
-        like = zip(found, (hidden, weight, weight if bias is None else bias), strict=True)
-        kept = [t.new_empty(0, dtype=kept_dtype(t)) if g is None else g.to(kept_dtype(t)) for g, t in like]
-    return loss, kept[0], kept[1], kept[2]
+        dtype = kept_dtype(hidden)
+        found = {name: gradients[name]().to(dtype) for name in of_bits(DIFFERENTIABLE, wanted)}
+    return (loss, *in_order(DIFFERENTIABLE, found, hidden.new_empty(0, dtype=dtype)))
 
 
 def linear_cross_entropy_backward(
@@ -54,13 +57,12 @@ def linear_cross_entropy_backward(
     label_smoothing: float,
     chunk_size: int,
     wanted: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients for hidden (wanted & 1), weight (2) and bias (4), given that of each row's loss."""
-    options = class_weight, ignore_index, NONE, label_smoothing
-    found = _gradients(grad_loss, hidden, weight, target, bias, *options, wanted)
-    like = zip(found, (hidden, weight, weight if bias is None else bias), strict=True)
-    kept = [t.new_empty(0) if g is None else g.to(t.dtype) for g, t in like]
-    return kept[0], kept[1], kept[2]
+    given = record(_loss)(hidden, weight, target, bias, class_weight, ignore_index, label_smoothing)
+    given = given._replace(**{name: wide(t) for name in DIFFERENTIABLE if (t := getattr(given, name)) is not None})
+    found = formula_gradients(_loss, [grad_loss], given, of_bits(DIFFERENTIABLE, wanted))
+    return in_order(DIFFERENTIABLE, {name: g.to(hidden.dtype) for name, g in found.items()}, hidden)
 
 
 def kept_dtype(t: Tensor) -> torch.dtype:
@@ -68,33 +70,24 @@ def kept_dtype(t: Tensor) -> torch.dtype:
     return torch.float32 if t.dtype == torch.float16 else t.dtype
 
 
-def _gradients(
-    grad_loss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
-) -> list[Tensor | None]:
-    *options, wanted = rest
-
-    def formula(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _loss(hidden, weight, target, bias, *options)
-
-    flags = [bool(wanted & bit) for bit in (1, 2, 4)]
-    wide = [None if t is None else _wide(t) for t in (hidden, weight, bias)]
-    return formula_gradients(formula, [grad_loss], wide, flags)
-
-
-def _loss(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    class_weight, ignore_index, reduction, label_smoothing = options
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """That of each row."""
     logits = _logits(hidden, weight, target, bias, ignore_index)[1]
-    return cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing, True, 0)[0]
+    return cross_entropy(logits, target, class_weight, ignore_index, NONE, label_smoothing, True, 0)[0]
 
 
 def _logits(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """The rows that are counted, the others being 0, which reach nobody then, whatever they hold; all rows' logits."""
-    hidden = torch.where((target == ignore_index).unsqueeze(-1), 0.0, _wide(hidden))
-    logits = hidden @ _wide(weight).t()
-    return hidden, logits if bias is None else logits + _wide(bias)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    hidden = torch.where((target == ignore_index).unsqueeze(-1), 0.0, wide(hidden))
+    logits = hidden @ wide(weight).t()
+    return hidden, logits if bias is None else logits + wide(bias)

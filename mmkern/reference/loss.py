@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkern.reference.gradients import of_bits
+from mmkern.reference.numerics import wide as widened
 from mmkern.reference.softmax import log_softmax
 
 NONE, MEAN, SUM = range(3)  # reductions
+IN_FORWARD = ("input", "target")  # whose gradients come with the loss, in the order of the outputs and of wanted's bits
 
 
 def cross_entropy(
@@ -27,13 +30,13 @@ def cross_entropy(
     position's, and without elements where not wanted; the multiplier is of shape (1,), or (0,) where it is 1.
     """
     dim = min(1, input.dim() - 1)
-    x = _wide(input)
+    x = widened(input)
     w = torch.ones_like(x[:1] if dim else x) if weight is None else _along(weight.to(x.dtype), dim, x.dim())
     w = w[:1] if dim else w
     share = label_smoothing / max(1, x.shape[dim])
     if target.is_floating_point():
         hidden = torch.zeros((), dtype=torch.bool, device=x.device)
-        terms = w * ((1 - label_smoothing) * _wide(target) + share)
+        terms = w * ((1 - label_smoothing) * widened(target) + share)
         log_p = log_softmax(x, dim)
         loss = -(terms * log_p).sum(dim)
         total = torch.tensor(float(loss.numel() if x.shape[dim] else 0), dtype=x.dtype, device=x.device)
@@ -50,11 +53,12 @@ def cross_entropy(
         total = torch.where(hidden, 0.0, own).sum()
         terms = (share * w).expand_as(x).scatter_add(dim, place, (1 - label_smoothing) * own)
     divisor = total if reduction == MEAN else torch.ones_like(total)
+    asked = of_bits(IN_FORWARD, wanted)
     grad_input, grad_target = input.new_empty(0), target.new_empty(0)
-    if wanted & 1:
+    if "input" in asked:
         slope = (log_p.exp() * terms.sum(dim, keepdim=True) - terms) / divisor
         grad_input = torch.where(hidden, 0.0, slope).detach().to(input.dtype)
-    if wanted & 2:
+    if "target" in asked:
         grad_target = ((label_smoothing - 1) * w * log_p / divisor).detach().to(target.dtype)
     half = torch.float16 in (input.dtype, target.dtype) and wanted != 0
     if reduction != NONE:
@@ -74,7 +78,7 @@ def cross_entropy_loss(*args: object) -> Tensor:
 
 def cross_entropy_backward(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> Tensor:
     """grad * grad_loss / unit, with a grad_loss for each position or one for all."""
-    factor = grad_loss.to(_wide(grad).dtype)
+    factor = grad_loss.to(widened(grad).dtype)
     if unit is not None:
         factor = factor / unit.reshape(())
     if factor.dim():
@@ -84,10 +88,6 @@ def cross_entropy_backward(grad: Tensor, grad_loss: Tensor, unit: Tensor | None)
 
 def cross_entropy_backward_(grad: Tensor, grad_loss: Tensor, unit: Tensor | None) -> None:
     grad.copy_(cross_entropy_backward(grad, grad_loss, unit))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _along(weight: Tensor, dim: int, rank: int) -> Tensor:

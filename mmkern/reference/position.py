@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkern.reference.philox import keep_mask
+from mmkern.reference.numerics import dropped, wide
 
 
 def positional_encoding(encoding: str, positions: Tensor, dim: int) -> Tensor:
@@ -42,11 +42,12 @@ def add_positional_encoding(
 ) -> Tensor:
     """dropout(scale * x + encoding at each position); float16 and bfloat16 are computed in float32."""
     length, dim = x.shape[-2:]
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    out = scale * x.to(wide)
+    out = scale * wide(x)
     if encoding == "sincos2d":
         row, column = torch.arange(x.shape[-3], device=x.device), torch.arange(length, device=x.device)
-        out = out + positional_encoding(encoding, torch.cartesian_prod(row, column), dim).view(x.shape[-3:]).to(wide)
+        out = out + positional_encoding(encoding, torch.cartesian_prod(row, column), dim).view(x.shape[-3:]).to(
+            out.dtype
+        )
     elif encoding != "none":
         positions = torch.arange(length, device=x.device) + offset
         if offsets is not None:  # (batch, 1..., length)
@@ -58,15 +59,15 @@ def add_positional_encoding(
                 positions, table.shape[0], f"offset: positions beyond max_length {table.shape[0]} of the table"
             )
             rows = F.embedding(positions, table)
-        out = out + rows.to(wide)
-    return _drop(out, dropout_p, dropout_seed).to(x.dtype)
+        out = out + rows.to(out.dtype)
+    return dropped(out, dropout_p, dropout_seed).to(x.dtype)
 
 
 def position_table_gradient(
     grad: Tensor, max_length: int, offset: int, offsets: Tensor | None, dropout_p: float, dropout_seed: Tensor | None
 ) -> Tensor:
     """Gradient of the table (max_length, dim) whose rows `add_positional_encoding` added, from that of its result."""
-    dtype, grad = grad.dtype, _drop(_wide(grad), dropout_p, dropout_seed)
+    dtype, grad = grad.dtype, dropped(wide(grad), dropout_p, dropout_seed)
     positions = torch.arange(grad.shape[-2], device=grad.device) + offset
     if offsets is not None:
         positions = positions + offsets.view(-1, *[1] * (grad.dim() - 2))
@@ -79,17 +80,6 @@ def _sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
     rows, index = torch.where(there[..., None], rows, 0.0), torch.where(there, index, 0)
     total = rows.new_zeros(count, rows.shape[-1])
     return total.index_add(0, index.flatten(), rows.flatten(0, -2)) if count else total
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _drop(x: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> Tensor:
-    if dropout_seed is None:
-        return x
-    keep = keep_mask(dropout_seed, dropout_p, (1,) * max(0, 3 - x.dim()) + tuple(x.shape), x.device).view(x.shape)
-    return torch.where(keep, x / (1 - dropout_p), 0.0) if dropout_p < 1 else x * 0.0
 
 
 def embed_tokens(
@@ -125,7 +115,7 @@ def embedding_gradient(
 
     Tokens filled anew since then with ids outside the vocabulary add to no row, as in torch's own embedding.
     """
-    rows = _drop(_wide(grad), dropout_p, dropout_seed) * scale
+    rows = dropped(wide(grad), dropout_p, dropout_seed) * scale
     if padding_idx is not None:
         rows = torch.where((tokens == padding_idx)[..., None], 0.0, rows)
     return _sum_rows(rows, tokens, vocabulary).to(grad.dtype)

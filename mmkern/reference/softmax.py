@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkern.reference.philox import keep_mask
+from mmkern.reference.gradients import in_order, of_bits
+from mmkern.reference.numerics import dropped, wide
+from mmkern.reference.numerics import visible as let_through
+
+DIFFERENTIABLE = ("x", "mask", "bias")  # of masked_softmax, in the order of its gradients and of wanted's bits
 
 
 def softmax(input: Tensor, dim: int) -> Tensor:
@@ -30,18 +34,18 @@ def log_softmax_out(input: Tensor, dim: int, out: Tensor) -> None:
 
 def softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
     """y * (g - sum_j g_j y_j) along `dim`: the gradient of softmax's input, from its output y."""
-    g, y = _wide(grad), _wide(output)
+    g, y = wide(grad), wide(output)
     return (y * (g - (g * y).sum(dim, keepdim=True))).to(output.dtype).contiguous()
 
 
 def log_softmax_backward(grad: Tensor, output: Tensor, dim: int) -> Tensor:
     """g - exp(y) sum_j g_j along `dim`: the gradient of log-softmax's input, from its output y."""
-    g, y = _wide(grad), _wide(output)
+    g, y = wide(grad), wide(output)
     return (g - y.exp() * g.sum(dim, keepdim=True)).to(output.dtype).contiguous()
 
 
 def masked_softmax(
-    input: Tensor,
+    x: Tensor,
     mask: Tensor | None,
     scale: float,
     bias: Tensor | None,
@@ -50,14 +54,14 @@ def masked_softmax(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """Softmax of scale * x + bias (+ mask) over the visible elements along `dim`; 0 where there are none."""
-    weights = _masked_weights(input, mask, scale, bias, dim)
-    return _dropout(weights, dropout_p, dropout_seed).to(input.dtype).contiguous()
+    weights = _masked_weights(x, mask, scale, bias, dim)
+    return dropped(weights, dropout_p, dropout_seed).to(x.dtype).contiguous()
 
 
 def masked_softmax_backward(
     grad: Tensor,
     output: Tensor | None,
-    input: Tensor | None,
+    x: Tensor | None,
     mask: Tensor | None,
     scale: float,
     bias: Tensor | None,
@@ -65,25 +69,24 @@ def masked_softmax_backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     wanted: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `masked_softmax` for input, mask and bias, empty where their bit of `wanted` is not set.
+) -> tuple[Tensor, ...]:
+    """Gradients of `masked_softmax` for what is DIFFERENTIABLE, empty where their bit of `wanted` is not set.
 
     From its output, or with dropout, which the output does not show, from its input. Elements that a term hides
     get 0, and whatever their gradient is, it reaches nobody.
     """
-    weights = _wide(output) if output is not None else _masked_weights(input, mask, scale, bias, dim)
+    weights = wide(output) if output is not None else _masked_weights(x, mask, scale, bias, dim)
     visible = _visible(weights, mask, bias)
-    g = torch.where(visible, _dropout(_wide(grad), dropout_p, dropout_seed), 0.0)
+    g = torch.where(visible, dropped(wide(grad), dropout_p, dropout_seed), 0.0)
     w = torch.where(visible, weights, 0.0)
     scores = torch.where(visible, w * (g - (g * w).sum(dim, keepdim=True)), 0.0)
-    dtype = grad.dtype
-    found = [(scores * scale).to(dtype).contiguous() if wanted & 1 else scores.new_empty(0, dtype=dtype)]
-    for bit, term in ((2, mask), (4, bias)):
-        if wanted & bit and term is not None:
-            found.append(scores.sum_to_size(term.shape).to(term.dtype).contiguous())
-        else:
-            found.append(scores.new_empty(0, dtype=dtype))
-    return found[0], found[1], found[2]
+    found: dict[str, Tensor] = {}
+    for name in of_bits(DIFFERENTIABLE, wanted):
+        if name == "x":
+            found[name] = (scores * scale).to(grad.dtype).contiguous()
+        elif (term := mask if name == "mask" else bias) is not None:
+            found[name] = scores.sum_to_size(term.shape).to(term.dtype).contiguous()
+    return in_order(DIFFERENTIABLE, found, grad)
 
 
 def _visible(like: Tensor, *terms: Tensor | None) -> Tensor:
@@ -91,7 +94,7 @@ def _visible(like: Tensor, *terms: Tensor | None) -> Tensor:
     visible = torch.ones_like(like, dtype=torch.bool)
     for term in terms:
         if term is not None:
-            visible = visible & (term if term.dtype == torch.bool else term != -torch.inf)
+            visible = visible & let_through(term)
     return visible
 
 
@@ -99,7 +102,7 @@ def _masked_weights(x: Tensor | None, mask: Tensor | None, scale: float, bias: T
     """What `masked_softmax` gives before dropout, in the dtype of the arithmetic."""
     assert x is not None
     visible = _visible(x, mask, bias)
-    scores = torch.where(visible, _wide(x) * scale, -torch.inf)
+    scores = torch.where(visible, wide(x) * scale, -torch.inf)
     for term in (bias, mask):
         if term is not None and term.dtype != torch.bool:
             scores = scores + torch.where(scores == -torch.inf, 0.0, term)
@@ -112,19 +115,6 @@ def _masked_weights(x: Tensor | None, mask: Tensor | None, scale: float, bias: T
     return torch.where(visible, weights, weights.detach())  # a hidden element's gradient reaches nobody
 
 
-def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """`x` with elements dropped, which are then 0 whatever they were, and the others divided by 1 - p."""
-    if seed is None:
-        return x
-    shape = (1,) * max(0, 3 - x.dim()) + tuple(x.shape)
-    keep = keep_mask(seed, p, shape, x.device).reshape(x.shape)
-    return torch.where(keep, x / (1 - p), 0.0) if p < 1 else torch.zeros_like(x)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _shifted(x: Tensor, dim: int) -> Tensor:
-    x = _wide(x)
+    x = wide(x)
     return x - x.detach().amax(dim, keepdim=True) if x.numel() else x

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from ptx_runner import HERE, ROOT, built, made
 
-from mmkern.ops import dispatch  # and with it the schemas
+from mmkern.ops.dispatch import CUDA  # and with it the schemas
 
 CSRC = ROOT / "csrc"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
@@ -55,7 +55,7 @@ def ptx(target: str, seed: int = 0) -> str:
 def levels() -> list[str]:
     """How the kernels can be run here: on a GPU, that alone."""
     if torch.cuda.is_available():
-        return [] if dispatch._without_cuda() else ["cuda"]
+        return [] if CUDA.missing() else ["cuda"]
     if not shutil.which("g++"):
         return []
     return ["g++", "sm_80", "sm_90a"] if shutil.which("nvcc") else ["g++"]

@@ -198,7 +198,7 @@ def running_triton(capability: int) -> Iterator[Runs]:
     import triton
 
     from mmkern.kernels import attention, attention_backward, launch, loss, position, rotary, softmax
-    from mmkern.ops import dispatch
+    from mmkern.ops import _backends
 
     runs = Runs()
 
@@ -209,7 +209,7 @@ def running_triton(capability: int) -> Iterator[Runs]:
     with ExitStack() as stack:
         stack.enter_context(launch.compiling(capability))
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", _without_assembler))
-        stack.enter_context(mock.patch.object(dispatch, "_interprets", return_value=True))  # so it takes CPU tensors
+        stack.enter_context(mock.patch.object(_backends, "interprets", return_value=True))  # so it takes CPU tensors
         for module in (attention, attention_backward, loss, position, rotary, softmax):
             stack.enter_context(mock.patch.object(module, "launch", launch_here))
         yield runs

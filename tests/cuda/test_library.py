@@ -80,7 +80,7 @@ def test_explain_says_why_not() -> None:
     assert choice.refused["cuda"] == "tensors are on cpu"
     with mmkern.backend("cuda", strict=True), pytest.raises(RuntimeError, match="softmax_fwd: backend 'cuda' refused"):
         mmkern.softmax(torch.zeros(3), dim=0)
-    assert mmkern.ops.dispatch._without_cuda() == "this torch is built without CUDA"
+    assert mmkern.ops.dispatch.CUDA.missing() == "this torch is built without CUDA"
 
 
 def test_forcing_cuda_runs_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +90,9 @@ def test_forcing_cuda_runs_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     if "g++" not in levels():
         pytest.skip("the emulator needs g++")
     dispatch = mmkern.ops.dispatch
-    monkeypatch.setattr(dispatch, "_without_cuda", lambda: None)
-    monkeypatch.setattr(dispatch, "_DEVICE", {**dispatch._DEVICE, "cuda": "cpu", "cpu": "cuda"})
+    monkeypatch.setattr(dispatch.CUDA, "missing", lambda: None)
+    monkeypatch.setattr(dispatch.CUDA, "device", "cpu")
+    monkeypatch.setattr(dispatch.CPU, "device", "cuda")
     x = torch.randn(4, 40, requires_grad=True)
     with emulated("g++") as lib:
         with mmkern.backend("cuda", strict=True):
