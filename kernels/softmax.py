@@ -294,37 +294,37 @@ def _masked(
 
 
 def masked_softmax_fwd(
-    input: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None, dim: int, dropout_p: float,
+    x: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None, dim: int, dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`mmkern::masked_softmax_fwd`."""
-    check.masked_softmax(input, mask, scale, bias, dim, dropout_p, dropout_seed)
-    out = like_input(input)
-    _masked(input, out, mask, scale, bias, dim, dropout_p, dropout_seed)
+    check.masked_softmax(x, mask, scale, bias, dim, dropout_p, dropout_seed)
+    out = like_input(x)
+    _masked(x, out, mask, scale, bias, dim, dropout_p, dropout_seed)
     return out
 
 
 def masked_softmax_bwd(
-    grad: Tensor, output: Tensor | None, input: Tensor | None, mask: Tensor | None, scale: float, bias: Tensor | None,
+    grad: Tensor, output: Tensor | None, x: Tensor | None, mask: Tensor | None, scale: float, bias: Tensor | None,
     dim: int, dropout_p: float, dropout_seed: Tensor | None, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`mmkern::masked_softmax_bwd`: gradients of input, mask and bias, empty where their bit is not set."""
-    x = output if dropout_seed is None else input
-    if x is None or (input is not None and output is not None):
-        check.refuse("output, input", "one of them: input with dropout_seed, output without")
-    name = "output" if dropout_seed is None else "input"
-    check.masked_softmax(x, mask, scale, bias, dim, dropout_p, dropout_seed, name)
-    check.given("grad", grad, x, (x.dtype,), x.shape)
-    check.wanted(wanted, (x, mask, bias))
+    """`mmkern::masked_softmax_bwd`: gradients of x, mask and bias, empty where their bit is not set."""
+    source = output if dropout_seed is None else x
+    if source is None or (x is not None and output is not None):
+        check.refuse("output, x", "one of them: x with dropout_seed, output without")
+    name = "output" if dropout_seed is None else "x"
+    check.masked_softmax(source, mask, scale, bias, dim, dropout_p, dropout_seed, name)
+    check.given("grad", grad, source, (source.dtype,), source.shape)
+    check.wanted(wanted, (source, mask, bias))
     rest = (mask, scale, bias, dim, dropout_p, dropout_seed, grad, output)
     found = [grad.new_empty(0)] * 3
     if wanted & 1:
         found[0] = like_input(grad)
-        _masked(input, found[0], *rest, scale)
+        _masked(x, found[0], *rest, scale)
     if wanted & 6:
         # What mask and bias sum over, whatever their shape: the gradient of the scores, in float32.
         scores = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        _masked(input, scores, *rest)
+        _masked(x, scores, *rest)
         for place, term in ((1, mask), (2, bias)):
             if wanted >> place & 1 and term is not None:
                 found[place] = scores.sum_to_size(term.shape).to(term.dtype).contiguous()

@@ -18,14 +18,14 @@ def outcome(name: str, args: list) -> str:
     readable = all(has_memory(a) for a in args)
     kept = [a.clone() if isinstance(a, Tensor) and readable else a for a in args]
     op = OPS[name]
-    launch = op.kernels["triton"].launcher()
+    launch = op.kernels.launcher("triton")
     try:
         found = launch(*args)
         if name == "attention_bwd":  # the formula reads neither output: give both the right ones
-            args[2:4] = kept[2:4] = OPS["attention_fwd"].kernels["triton"].launcher()(*args[4:-1])
+            args[2:4] = kept[2:4] = OPS["attention_fwd"].kernels.launcher("triton")(*args[4:-1])
             found = launch(*args)
         if name == "masked_softmax_bwd" and args[1] is not None:  # a mask or scale may be another than the output's
-            args[1] = kept[1] = OPS["masked_softmax_fwd"].kernels["triton"].launcher()(args[1], *args[3:9])
+            args[1] = kept[1] = OPS["masked_softmax_fwd"].kernels.launcher("triton")(args[1], *args[3:9])
             found = launch(*args)
     except ValueError as error:
         named = re.match(r"[\w, ]+(?=: )", str(error))

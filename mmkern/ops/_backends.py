@@ -99,13 +99,12 @@ TRITON = Backend("triton", "cuda", _without_triton)
 
 
 @cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def unmeasured(op: str, device: torch.device) -> str | None:
     """Why CUDA C++ does not go before Triton on this device, if it does not."""
-    where = MEASURED.get(op, ())
-    if where and device.type == "cuda" and _capability(device.index or 0) in where:
+    if op in MEASURED and _capability(device) in MEASURED[op]:
         return None
     return "not yet measured on this GPU; backend('cuda') forces it"

@@ -18,11 +18,12 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from mmkern.ops._autograd import Differentiable, DifferentiableWhenRun, Values
-from mmkern.ops._backends import BACKENDS, CPU, CUDA, TRITON, Kernel, unmeasured
+from mmkern.ops._backends import BACKENDS, CPU, CUDA, TRITON, Kernel
 from mmkern.ops._checks import KERNEL_DTYPES, PLAIN, check_dense, transformed
 from mmkern.ops._choice import Choice, _state, backend, explain, leave_threads
 from mmkern.ops._compiled import _C
 from mmkern.ops._flops import enter_flop_formulas
+from mmkern.ops._kernels import Kernels
 from mmkern.reference.gradients import record_class
 
 __all__ = ["BACKENDS", "CPU", "CUDA", "TRITON", "Choice", "Kernel", "Op", "backend", "explain"]
@@ -76,7 +77,6 @@ class Op:
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.reference = reference
-        self.kernels = {kernel.backend.name: kernel for kernel in kernels}
         self.backward = backward
         self.save = save
         self.hidden = hidden
@@ -92,25 +92,31 @@ class Op:
             _library.impl(self.name, self._check_layouts, key)
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
         self._unwrapped = self._dispatch._op  # what that calls, 0.25 us sooner; a compiler would not know it
-        self._launchers = {"cpu": self._dispatch}
-        if any(kernel.backend.device == "cuda" for kernel in kernels):
-            _library.impl(self.name, self._on_gpu, "CUDA")
-        if "cpu" in self.kernels and callable(self.kernels["cpu"].launch):
-            _library.impl(self.name, self.kernels["cpu"].launch, "CPU")
-        if "cuda" in self.kernels:
-            _cuda_library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-            torch.library.register_fake(f"mmkern_cuda::{self.name}", fake, lib=_cuda_library)
-            self._launchers["cuda"] = getattr(torch.ops.mmkern_cuda, self.name).default
         self.called = getattr(torch.ops.mmkern, called).default
         arguments = self._dispatch._schema.arguments
         self.record = record_class(self.name, [a.name for a in arguments])
         self.names = [_PUBLIC.get(a.name, a.name) for a in arguments]
+        self.places = {a.name: i for i, a in enumerate(arguments)}
         # Positions known from the schema: asking each argument whether it is a tensor costs 0.1 us apiece.
         self.tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
-        self.places = {name: i for i, name in enumerate(self.record._fields)}
         self._typed = [self.places[name] for name in dtype_of]
         self._named: dict[tuple[bool, ...], frozenset[str]] = {}
-        self._cpu_always = _C is not None and "cpu" in self.kernels and self.kernels["cpu"].refuses is None
+        self.kernels = Kernels(self.name, kernels, self.record, self.tensors, self._typed)
+        self.kernels.launchers |= {"cpu": self._dispatch, "reference": reference}
+        self._register(schema, fake)
+        self._cpu_always = _C is not None and "cpu" in self.kernels.of and self.kernels.of["cpu"].refuses is None
+
+    def _register(self, schema: str, fake: Callable[..., Any]) -> None:
+        """Of its kernels what torch's dispatcher does not get from C++."""
+        of = self.kernels.of
+        if any(kernel.backend.device == "cuda" for kernel in of.values()):
+            _library.impl(self.name, self._on_gpu, "CUDA")
+        if "cpu" in of and callable(of["cpu"].launch):
+            _library.impl(self.name, of["cpu"].launch, "CPU")
+        if "cuda" in of:
+            _cuda_library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+            torch.library.register_fake(f"mmkern_cuda::{self.name}", fake, lib=_cuda_library)
+            self.kernels.launchers["cuda"] = getattr(torch.ops.mmkern_cuda, self.name).default
 
     def __call__(self, *args: Any) -> Any:
         plain, wants_grad = self._cpu_always, False
@@ -157,7 +163,7 @@ class Op:
 
     def direct(self, *args: Any) -> Any:
         """The kernel that runs such a call, all of its outputs, no autograd: for ops made of others."""
-        return self._launcher(self._find(args)[0])(*args)
+        return self._launcher(self.kernels.find(args)[0])(*args)
 
     def _with_wanted(self, args: Values) -> Values:
         if self.hidden is None:
@@ -179,8 +185,7 @@ class Op:
 
     def _on_gpu(self, *args: Any) -> Any:
         """What the operator does with CUDA tensors, in a compiled graph and called by hand, too."""
-        name = self._find(args)[0]
-        return (self._loaded("triton") if name == "triton" else self._launcher(name))(*args)
+        return self.kernels.launcher(self.kernels.find(args)[0])(*args)
 
     def _check_layouts(self, *args: Any) -> None:
         for i in self.tensors:
@@ -193,70 +198,18 @@ class Op:
             if _python_dispatch._is_in_torch_dispatch_mode:
                 enter_flop_formulas()
         self._check_spread(args)
-        ran, reasons = self._find(args)
+        ran, reasons = self.kernels.find(args)
         if _state.record is not None:
             detail = _C.isa() if ran == "cpu" and _C else ""
             refused = {name: reasons.get(name, f"{ran} goes first") for name in BACKENDS[:-1] if name != ran}
             _state.record.append(Choice(self.name, ran, detail, refused))
-        if self._devices(args) == {"meta"} and not transformed():
+        if self.kernels.devices(args) == {"meta"} and not transformed():
             return self._dispatch  # there are no values: the shapes, which the fake tells
         return self._launcher(ran)
 
-    def _find(self, args: Values) -> tuple[str, dict[str, str]]:
-        """The backend that runs a call, and why those before it do not."""
-        devices, reasons = self._devices(args), dict[str, str]()
-        for name in BACKENDS[:-1]:
-            if _state.forced not in (None, name):
-                reasons[name] = f"backend({_state.forced!r}) is in force"
-            elif reason := self._refusal(name, devices, args):
-                reasons[name] = reason
-            elif _state.record is None:
-                break  # nobody asks why the others do not
-        ran = next(name for name in BACKENDS if name not in reasons)
-        if _state.strict and _state.forced not in (None, ran):
-            raise RuntimeError(f"{self.name}: backend {_state.forced!r} refused: {reasons[str(_state.forced)]}")
-        return ran, reasons
-
     def _launcher(self, name: str) -> Callable[..., Any]:
-        if name == "reference":
-            return self.reference
-        if name == "triton":  # torch's dispatcher comes back to _on_gpu, as in a compiled graph
-            return self._loaded(name) if _state.interpreting else self._dispatch
-        return self._launchers[name]
-
-    def _loaded(self, name: str) -> Callable[..., Any]:
-        if name not in self._launchers:
-            self._launchers[name] = self.kernels[name].launcher()
-        return self._launchers[name]
-
-    def _devices(self, args: Values) -> set[str]:
-        return {args[i].device.type for i in self.tensors if args[i] is not None}
-
-    def _refused_dtype(self, args: Values) -> torch.dtype | None:
-        for i in self._typed:
-            dtype: torch.dtype = args[i].dtype
-            if dtype not in KERNEL_DTYPES and dtype.is_floating_point:
-                return dtype
-        return None
-
-    def _refusal(self, name: str, devices: set[str], args: Values) -> str | None:
-        if name not in self.kernels:
-            return "no kernel for this op"
-        kernel = self.kernels[name]
-        interpreted = kernel.backend is TRITON and _state.interpreting
-        if devices != {kernel.backend.device} and not interpreted:
-            return f"tensors are on {' and '.join(sorted(devices))}"
-        if reason := kernel.backend.missing():
-            return reason
-        if kernel.backend is CUDA and _state.forced != "cuda":
-            device = next(args[i].device for i in self.tensors if args[i] is not None)
-            if reason := unmeasured(self.name, device):
-                return reason
-        if transformed():
-            return "inside forward-mode AD or a torch.func transform"
-        if dtype := self._refused_dtype(args):
-            return f"the kernels take float32, bfloat16 and float16, not {dtype}"
-        return kernel.refuses(self.record._make(args)) if kernel.refuses else None
+        """What runs a call outside of the dispatcher; of CUDA tensors it comes back to _on_gpu, as in a graph."""
+        return self._dispatch if name == "triton" and not _state.interpreting else self.kernels.launcher(name)
 
     def _is_spread(self, args: Values) -> bool:
         distributed = sys.modules.get("torch.distributed.tensor")

@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_bwd(const Tensor& grad, const 
                                                       const MaybeTensor& bias, int64_t dim,
                                                       double dropout_p, const MaybeTensor& seed,
                                                       int64_t wanted) {
-  const char *const name = seed ? "input" : "output", *const other = seed ? "output" : "input";
+  const char *const name = seed ? "x" : "output", *const other = seed ? "output" : "x";
   if (!(seed ? input : output)) refuse(name, "needed ", seed ? "with" : "without", " dropout_seed");
   if (seed ? output : input)
     refuse(other, "not taken ", seed ? "with" : "without", " dropout_seed");

@@ -13,7 +13,7 @@ void run(SoftmaxKind kind, const Tensor& x, int64_t dim, const MaybeTensor& mask
   SoftmaxLoops loops(dim, true, Layout(x), Layout(mask), Layout(bias), Layout(out));
   SoftmaxArgs& a = loops.args;
   a.kind = kind;
-  a.dtype = dtype_of(x, "input");
+  a.dtype = dtype_of(x, kind == SoftmaxKind::masked ? "x" : "input");
   a.x.data = const_cast<void*>(x.const_data_ptr());
   a.out.data = out.mutable_data_ptr();
   loops.set_terms(mask, bias);
@@ -79,8 +79,9 @@ void log_softmax_out(const Tensor& x, int64_t dim, const Tensor& out) {
 Tensor masked_softmax_fwd(const Tensor& x, const MaybeTensor& mask, double scale,
                           const MaybeTensor& bias, int64_t dim, double dropout_p,
                           const MaybeTensor& seed) {
-  check_input(x, dim);
-  check_terms(Checked(x, "input"), mask, bias, scale, dropout_p, seed);
+  const Checked given(x, "x");
+  check_dim(dim, given.floating());
+  check_terms(given, mask, bias, scale, dropout_p, seed);
   Tensor out = new_output(x);
   run(SoftmaxKind::masked, x, dim, mask, scale, bias, dropout_p, seed, out, true);
   return out;
