@@ -176,3 +176,14 @@ def test_strict_holds_for_an_operator_called_by_hand(gpu) -> None:
     with mmkern.backend("cuda", strict=True), pytest.raises(RuntimeError, match=r"'cuda' refused: .*float64"):
         as_of_cuda(randn(2, 3).double(), 1)
     assert gpu == []
+
+
+def test_a_tensor_that_a_transform_left_is_a_constant() -> None:
+    """As to torch's op: what it wraps requires no gradient."""
+    left = []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(torch.ones(2, 3))
+    assert left[0].requires_grad
+    other = randn(2, 3).requires_grad_()
+    for softmax in (torch.softmax, mmkern.softmax):
+        assert not softmax(left[0], 1).requires_grad
+        assert softmax(left[0] + other, 1).requires_grad

@@ -106,6 +106,10 @@ class Differentiable(torch.autograd.Function):
         return None, None, *_gradients(ctx, grads, ctx.needs_input_grad[2:])
 
 
+# What `Differentiable.apply` ends in, 1 to 2.5 us sooner: where no transform is on or has left tensors, and eagerly.
+apply_plainly = super(torch.autograd.Function, Differentiable).apply
+
+
 class DifferentiableWhenRun(torch.autograd.Function):
     """Forward by the op's twin, below autograd, which chooses when it runs; all of the op's outputs."""
 

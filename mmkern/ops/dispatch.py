@@ -17,7 +17,7 @@ from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-from mmkern.ops._autograd import Differentiable, DifferentiableWhenRun, Values
+from mmkern.ops._autograd import Differentiable, DifferentiableWhenRun, Values, apply_plainly
 from mmkern.ops._backends import BACKENDS, CPU, CUDA, TRITON, Kernel
 from mmkern.ops._checks import KERNEL_DTYPES, PLAIN, check_dense, transformed
 from mmkern.ops._choice import Choice, _state, backend, explain, leave_threads
@@ -36,6 +36,8 @@ Save = Callable[[Any, Sequence[Tensor], Collection[str]], tuple[Values, Values]]
 _LAYOUT_KEYS = [
     f"{layout}{device}" for layout in ("Sparse", "SparseCsr", "NestedTensor", "Quantized") for device in ("CPU", "CUDA")
 ]
+# Whether a transform of torch.func wrapped a tensor; one that has ended may have left some.
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PUBLIC = {"table": "encoding", "offsets": "offset"}  # arguments of a schema that the caller knows by another name
 
 
@@ -119,7 +121,7 @@ class Op:
             self.kernels.launchers["cuda"] = getattr(torch.ops.mmkern_cuda, self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        plain, wants_grad = self._cpu_always, False
+        plain, wants_grad, fast = self._cpu_always, False, False
         for i in self.tensors:
             if (tensor := args[i]) is not None:
                 plain = plain and tensor.is_cpu and type(tensor) in PLAIN
@@ -133,7 +135,8 @@ class Op:
             and _get_tracing_state() is None
         ):
             # Every call of a default CPU process passes here; what _choose would do, in a third of the time.
-            kernel = self._dispatch if torch.compiler.is_compiling() else self._unwrapped
+            fast = not torch.compiler.is_compiling()
+            kernel = self._unwrapped if fast else self._dispatch
             for i in self._typed:
                 if args[i].dtype not in KERNEL_DTYPES and args[i].is_floating_point():
                     kernel = self.reference
@@ -148,6 +151,8 @@ class Op:
         elif wants_grad and torch.is_grad_enabled():
             if torch.compiler.is_compiling():  # tracing refuses one tensor as two inputs: query is key, say
                 args = tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
+            if fast and not any([args[i] is not None and _is_wrapped(args[i]) for i in self.tensors]):
+                return apply_plainly(self, kernel, *self._with_wanted(args))
             return Differentiable.apply(self, kernel, *self._with_wanted(args))
         return kernel(*args) if self.hidden is None else kernel(*args)[0]
 
