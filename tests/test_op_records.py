@@ -187,3 +187,18 @@ def test_a_tensor_that_a_transform_left_is_a_constant() -> None:
     for softmax in (torch.softmax, mmkern.softmax):
         assert not softmax(left[0], 1).requires_grad
         assert softmax(left[0] + other, 1).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_dropout_of_everything(backend: str) -> None:
+    """Backends agree on what becomes of a NaN: weights of a softmax are 0, what is multiplied by 0 stays NaN."""
+    x = randn(2, 4)
+    x[0, 1] = torch.nan
+    with mmkern.backend(backend, strict=True):
+        assert not mmkern.masked_softmax(x, dropout_p=1.0).any()
+        placed = mmkern.add_positional_encoding(x, dropout_p=1.0)
+        attended = mmkern.scaled_dot_product_attention(x[None], randn(1, 3, 4), randn(1, 3, 5), dropout_p=1.0)
+    assert placed.isnan().nonzero().tolist() == [[0, 1]]
+    assert not placed.nan_to_num().any()
+    assert attended[0].isnan().all(-1).tolist() == [True, False]
+    assert not attended.nan_to_num().any()

@@ -19,8 +19,11 @@ def visible(mask: Tensor) -> Tensor:
 
 
 def kept(x: Tensor, dropout_p: float, keep: Tensor) -> Tensor:
-    """`x` with elements dropped, which are then 0 whatever they were, and the others divided by 1 - dropout_p."""
-    return torch.where(keep, x / (1 - dropout_p), 0.0) if dropout_p < 1 else torch.zeros_like(x)
+    """`x` with elements dropped, which are then 0 whatever they were, and the others divided by 1 - dropout_p.
+
+    Where all are dropped, a NaN stays, as in torch's dropout.
+    """
+    return torch.where(keep, x / (1 - dropout_p), 0.0) if dropout_p < 1 else x * 0.0
 
 
 def dropped(x: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ def masked_softmax(
 ) -> Tensor:
     """Softmax of scale * x + bias (+ mask) over the visible elements along `dim`; 0 where there are none."""
     weights = _masked_weights(x, mask, scale, bias, dim)
-    return dropped(weights, dropout_p, dropout_seed).to(x.dtype).contiguous()
+    return _dropped(weights, dropout_p, dropout_seed).to(x.dtype).contiguous()
 
 
 def masked_softmax_backward(
@@ -77,7 +77,7 @@ def masked_softmax_backward(
     """
     weights = wide(output) if output is not None else _masked_weights(x, mask, scale, bias, dim)
     visible = _visible(weights, mask, bias)
-    g = torch.where(visible, dropped(wide(grad), dropout_p, dropout_seed), 0.0)
+    g = torch.where(visible, _dropped(wide(grad), dropout_p, dropout_seed), 0.0)
     w = torch.where(visible, weights, 0.0)
     scores = torch.where(visible, w * (g - (g * w).sum(dim, keepdim=True)), 0.0)
     found: dict[str, Tensor] = {}
@@ -113,6 +113,10 @@ def _masked_weights(x: Tensor | None, mask: Tensor | None, scale: float, bias: T
     total = e.sum(dim, keepdim=True)
     weights = e / torch.where(total == 0, 1.0, total)
     return torch.where(visible, weights, weights.detach())  # a hidden element's gradient reaches nobody
+
+
+def _dropped(x: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> Tensor:
+    return dropped(x, dropout_p, dropout_seed) if dropout_p < 1 else torch.zeros_like(x)
 
 
 def _shifted(x: Tensor, dim: int) -> Tensor:
