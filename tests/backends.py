@@ -17,6 +17,8 @@ from unittest import mock
 import emulated
 import pytest
 import torch
+from op_calls import CALLS, OpCall
+from operator_calls import OPS
 from torch import Tensor
 
 import mmkern
@@ -24,8 +26,22 @@ from mmkern.ops.dispatch import CUDA
 from mmkern.reference.philox import keep_mask
 from mmkern.testing import accuracy, isas, poisoned
 
+
+def _with_cuda() -> set[str]:
+    found: dict[str, set[str]] = {}
+
+    def both_ways(call: OpCall) -> None:
+        outs = call.run(call.copies(requires_grad=True))
+        sum(out.sum() for out in outs if out.requires_grad).backward()
+
+    for call in CALLS:
+        names = {choice.op for choice in mmkern.explain(both_ways, call)}
+        found[call.fn.__name__] = found.get(call.fn.__name__, set()) | names
+    return {name for name, names in found.items() if all("cuda" in OPS[op].kernels.of for op in names)}
+
+
 # Public ops of which CUDA C++ has every kernel, forward and backward. What it has none of is refused: test_backends.py.
-WITH_CUDA = {"softmax", "log_softmax"}
+WITH_CUDA = _with_cuda()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_GPU = torch.cuda.is_available()
 

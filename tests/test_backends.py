@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_an_op_without_a_cuda_kernel_is_refused(call: OpCall) -> None:
-    """And one that tests/backends.py lists has one, so that its table runs on it."""
+    """And one that has them all, forward and backward, runs its table on them."""
     backend = Backend("cuda")
     if call.fn.__name__ not in WITH_CUDA:
         backend.refuses("no kernel for this op", call.run)
@@ -40,6 +40,10 @@ WITH_KERNELS = [
 def test_float64_is_refused_by_every_kernel(call: OpCall, backend: Backend) -> None:
     wide = {n: backend.to(t.double() if t.is_floating_point() else t) for n, t in call.tensors.items()}
     backend.refuses("float64", lambda: call.run(wide))
+
+
+def test_cuda_joins_the_tables_of_what_has_its_kernels() -> None:
+    assert {"softmax", "log_softmax"} <= WITH_CUDA <= {call.fn.__name__ for call in CALLS}
 
 
 def test_rows_take_turns_with_dtypes() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkern.ops._checks import DTYPES, KERNEL_DTYPES, by_value, check_memory
+from mmkern.ops._checks import by_value
 from mmkern.ops._choice import _state, leave_threads
 from mmkern.ops._compiled import _C
+from mmkern.ops._loss_arguments import check_classes, check_linear_border
 from mmkern.ops.loss import _cross_entropy, _scale_
 from mmkern.reference.linear_loss import kept_dtype
 from mmkern.reference.loss import MEAN, NONE, SUM
@@ -107,7 +108,7 @@ def _chunked(
             kept = None
         else:
             h, y = hidden[kept], target[kept]
-        _check_classes(y, len(weight))
+        check_classes(y, len(weight))
         if widened(hidden.dtype):
             w, b = weight.float(), None if bias is None else bias.float()
     divisor: Any = divisor_of(y, class_weight, ignore_index) if reduction == MEAN else 1.0
@@ -174,14 +175,6 @@ def divisor_of(target: Tensor, class_weight: Tensor | None, ignore_index: int) -
     return torch.where(counted, class_weight.double()[target.clamp(0, len(class_weight) - 1)], 0.0).sum()
 
 
-def _check_classes(target: Tensor, classes: int) -> None:
-    if target.numel():
-        low, high = (int(t) for t in target.aminmax())
-        if low < 0 or high >= classes:
-            wrong = low if low < 0 else high
-            raise IndexError(f"target: expected classes in [0, {classes}) or ignore_index, got {wrong}")
-
-
 def forward_in_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -192,7 +185,7 @@ def forward_in_chunks(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     """`mmkern::linear_cross_entropy_fwd`, on any device."""
-    _check(None, hidden, weight, target, bias, class_weight, *options)
+    check_linear_border(None, hidden, weight, target, bias, class_weight, *options)
     leave_threads()
     with torch.autocast(hidden.device.type, enabled=False):
         loss, found = _chunked(None, hidden, weight, target, bias, class_weight, ignore_index, *options)
@@ -213,54 +206,8 @@ def backward_in_chunks(
     if grad_loss is None:
         raise ValueError("grad_loss: expected a tensor, got None")
     tensors = hidden, weight, target, bias, class_weight
-    _check(grad_loss, *tensors, NONE, *options)
+    check_linear_border(grad_loss, *tensors, NONE, *options)
     leave_threads()
     with torch.autocast(hidden.device.type, enabled=False):
         _, found = _chunked(grad_loss.contiguous(), *tensors, ignore_index, NONE, *options)
         return tuple(g.to(hidden.dtype) for g in found)
-
-
-def _check(
-    grad_loss: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    reduction: int,
-    label_smoothing: float,
-    chunk_size: int,
-    wanted: int,
-) -> None:
-    """What the C++ border asks of tensors (csrc/cpu/check.h): ValueError unless an operator can run."""
-    for name, needed in (("hidden", hidden), ("weight", weight), ("target", target)):
-        if not isinstance(needed, Tensor) or needed.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got {getattr(needed, 'layout', 'none')}")
-    if hidden.dim() != 2 or weight.dim() != 2:
-        raise ValueError(f"hidden, weight: expected two dims, got {tuple(hidden.shape)} and {tuple(weight.shape)}")
-    rows, classes = hidden.shape[:1], weight.shape[:1]
-    for name, t, shape, dtypes in (
-        ("hidden", hidden, hidden.shape, KERNEL_DTYPES),
-        ("weight", weight, (*classes, hidden.shape[1]), (hidden.dtype,)),
-        ("target", target, rows, (torch.int64,)),
-        ("bias", bias, classes, (hidden.dtype,)),
-        ("class_weight", class_weight, classes, DTYPES),
-        ("grad_loss", grad_loss, rows, DTYPES),
-    ):
-        if t is None:
-            continue
-        if t.dtype not in dtypes or t.device != hidden.device:
-            raise ValueError(f"{name}: expected {dtypes[0]} on {hidden.device}, got {t.dtype} on {t.device}")
-        if t.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got {t.layout}")
-        if t.shape != torch.Size(shape):
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
-        check_memory(name, t)
-    if not 0 <= reduction <= 2:
-        raise ValueError(f"reduction: expected a value in [0, 2], got {reduction}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
-    if chunk_size < 0:
-        raise ValueError(f"chunk_size: expected rows of a chunk, or 0, got {chunk_size}")
-    if wanted & ~(3 if bias is None else 7):
-        raise ValueError(f"wanted: bits {3 if bias is None else 7} may be set in this call, got {wanted}")

@@ -6,9 +6,7 @@ take this call at all; if not, the reference formula runs, and `explain` says wh
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from mmkern.ops._choice import Choice, _state, backend, explain, leave_threads
 from mmkern.ops._compiled import _C
 from mmkern.ops._flops import enter_flop_formulas
 from mmkern.ops._kernels import Kernels
+from mmkern.ops._spread import is_spread, known_to_dtensor
 from mmkern.reference.gradients import record_class
 
 __all__ = ["BACKENDS", "CPU", "CUDA", "TRITON", "Choice", "Kernel", "Op", "backend", "explain"]
@@ -89,7 +88,7 @@ class Op:
         _library.impl(called, self._run, "CompositeExplicitAutograd")
         _library.impl(called, self._run_differentiable, "Autograd", with_keyset=True)
         for overload in (self.name, called):
-            torch.library.register_fake(f"mmkern::{overload}", _known_to_dtensor(fake), lib=_library)
+            torch.library.register_fake(f"mmkern::{overload}", known_to_dtensor(fake), lib=_library)
         for key in (*_LAYOUT_KEYS, "MkldnnCPU", "AutogradNestedTensor"):
             _library.impl(self.name, self._check_layouts, key)
         self._dispatch = getattr(torch.ops.mmkern, self.name).default
@@ -140,7 +139,7 @@ class Op:
             for i in self._typed:
                 if args[i].dtype not in KERNEL_DTYPES and args[i].is_floating_point():
                     kernel = self.reference
-        elif _recorded() or (torch.compiler.is_compiling() and self._is_spread(args)):
+        elif _recorded() or (torch.compiler.is_compiling() and is_spread(args)):
             # Dynamo would make the gradient of an output that nobody used of plain zeros, which DTensor does not take.
             self._check_spread(args)
             return self.called(*args)[0] if self.hidden is not None else self.called(*args)
@@ -216,29 +215,10 @@ class Op:
         """What runs a call outside of the dispatcher; of CUDA tensors it comes back to _on_gpu, as in a graph."""
         return self._dispatch if name == "triton" and not _state.interpreting else self.kernels.launcher(name)
 
-    def _is_spread(self, args: Values) -> bool:
-        distributed = sys.modules.get("torch.distributed.tensor")
-        return distributed is not None and any(isinstance(args[i], distributed.DTensor) for i in self.tensors)
-
     def _check_spread(self, args: Values) -> None:
         drops = "dropout_seed" in self.names and args[self.names.index("dropout_seed")] is not None
-        if drops and self._is_spread(args):
+        if drops and is_spread(args):
             raise ValueError("dropout_p: not with a DTensor, of which each part would drop the same elements")
-
-
-def _known_to_dtensor(fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, which also tells DTensor how to split the ops, where there is DTensor.
-
-    It asks for the output's shape before it looks for a rule, in eager calls and while torch.compile traces. So the
-    first call finds the rules, and torch.distributed is not imported before its user does.
-    """
-
-    def told(*args: Any) -> Any:
-        if "torch.distributed.tensor" in sys.modules:
-            import_module("mmkern.ops._sharding").register()
-        return fake(*args)
-
-    return told
 
 
 def _recorded() -> bool:

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._autograd import Late, Values
-from mmkern.ops._checks import autocast_dtype, by_value, check_dense, check_device
+from mmkern.ops._checks import autocast_dtype, by_value
 from mmkern.ops._choice import leave_threads
 from mmkern.ops._linear_chunks import (
     backward_in_chunks,
@@ -19,9 +19,9 @@ from mmkern.ops._linear_chunks import (
     forward_in_chunks,
     rows_at_a_time,
 )
+from mmkern.ops._loss_arguments import REDUCTIONS, check_linear, check_weight, checked_options
 from mmkern.ops._numbers import integer
 from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
-from mmkern.ops.loss import _REDUCTIONS, _check_weight, _checked_options
 from mmkern.reference.gradients import bits, formula_gradients, in_order, of_bits
 from mmkern.reference.linear_loss import DIFFERENTIABLE, kept_dtype
 from mmkern.reference.loss import MEAN, NONE
@@ -166,12 +166,12 @@ def linear_cross_entropy(
         )  # fmt: skip
     if not torch.compiler.is_compiling():
         leave_threads()
-    _check(hidden, weight, target, bias)
+    check_linear(hidden, weight, target, bias)
     if class_weight is not None:
-        _check_weight("class_weight", class_weight, len(weight), "hidden", hidden)
+        check_weight("class_weight", class_weight, len(weight), "hidden", hidden)
         if class_weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("class_weight: requires grad, which has no gradient here")
-    ignore_index, label_smoothing = _checked_options(ignore_index, reduction, label_smoothing)
+    ignore_index, label_smoothing = checked_options(ignore_index, reduction, label_smoothing)
     if chunk_size is not None and (chunk_size := integer("chunk_size", chunk_size)) < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     dtype = hidden.dtype
@@ -187,40 +187,9 @@ def linear_cross_entropy(
         bias,
         class_weight,
         ignore_index,
-        _REDUCTIONS[reduction],
+        REDUCTIONS[reduction],
         label_smoothing,
         chunk_size or 0,
         0,
     )
     return (loss.view(target.shape) if reduction == "none" else loss).to(dtype)
-
-
-def _check(hidden: Any, weight: Any, target: Any, bias: Any) -> None:
-    for name, t in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
-        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-        if t is not None:
-            check_dense(name, t)
-    if not hidden.is_floating_point():
-        raise TypeError(f"hidden: expected a floating-point dtype, got {hidden.dtype}")
-    if hidden.dim() == 0:
-        raise ValueError("hidden: expected shape (..., D), got ()")
-    autocast = autocast_dtype(hidden) is not None
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != hidden.dtype and not (autocast and t.is_floating_point()):
-            raise TypeError(f"{name}: expected hidden's {hidden.dtype}, got {t.dtype}")
-        if t is not None:
-            check_device(name, t, "hidden", hidden)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight: expected (V, {hidden.shape[-1]}) for hidden's {tuple(hidden.shape)}, got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected ({len(weight)},), one for each row of weight, got {tuple(bias.shape)}")
-    if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
-        raise TypeError(f"target: expected integer classes, got {target.dtype}")
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"target: expected {tuple(hidden.shape[:-1])} for hidden's {tuple(hidden.shape)}, got {tuple(target.shape)}"
-        )
-    check_device("target", target, "hidden", hidden)

@@ -12,13 +12,18 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._autograd import Late, Values
-from mmkern.ops._checks import autocast_dtype, by_value, check_dense, check_device, kind
-from mmkern.ops._numbers import integer, probability
+from mmkern.ops._checks import by_value
+from mmkern.ops._loss_arguments import (
+    REDUCTIONS,
+    check_logits,
+    check_weight,
+    checked_options,
+    checked_target,
+    loss_dtype,
+)
 from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
 from mmkern.reference.gradients import formula_gradients
-from mmkern.reference.loss import IN_FORWARD, MEAN, NONE, SUM
-
-_REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+from mmkern.reference.loss import IN_FORWARD, NONE
 
 
 def _fake(
@@ -170,74 +175,13 @@ def cross_entropy(
             "label_smoothing": label_smoothing,
         }
         return handle_torch_function(cross_entropy, (input, target, weight), input, target, weight, **options)
-    _check_logits(input, "input")
-    ignore_index, label_smoothing = _checked_options(ignore_index, reduction, label_smoothing)
-    target = _check_target(target, input, ignore_index)
+    check_logits(input, "input")
+    ignore_index, label_smoothing = checked_options(ignore_index, reduction, label_smoothing)
+    target = checked_target(target, input, ignore_index)
     soft = target.is_floating_point()
     if weight is not None:
-        _check_weight("weight", weight, input.shape[min(1, input.dim() - 1)], "input", input)
-    dtype = _loss_dtype(input, target if soft else None, weight if soft else None)
+        check_weight("weight", weight, input.shape[min(1, input.dim() - 1)], "input", input)
+    dtype = loss_dtype(input, target if soft else None, weight if soft else None)
     wide = dtype != input.dtype
-    args = input, target, weight, ignore_index, _REDUCTIONS[reduction], label_smoothing, wide, 0
+    args = input, target, weight, ignore_index, REDUCTIONS[reduction], label_smoothing, wide, 0
     return _cross_entropy(*args).to(dtype)
-
-
-def _loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
-    dtype = input.dtype
-    for other in others:
-        if other is not None:
-            dtype = torch.promote_types(dtype, other.dtype)
-    if dtype.itemsize < 4 and autocast_dtype(input) is not None:
-        return torch.float32
-    return dtype
-
-
-def _check_logits(t: Any, name: str) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-    check_dense(name, t)
-    if not t.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")
-    if t.dim() == 0:
-        raise ValueError(f"{name}: expected at least one dim, got shape ()")
-
-
-def _check_target(target: Any, input: Tensor, ignore_index: int) -> Tensor:
-    """`target` as int64 classes or as probabilities."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
-    check_dense("target", target)
-    if target.dtype == torch.bool or target.is_complex():
-        raise TypeError(f"target: expected classes (integers) or probabilities (floating point), got {target.dtype}")
-    check_device("target", target, "input", input)
-    if target.is_floating_point():
-        if target.shape != input.shape:
-            raise ValueError(
-                f"target: expected probabilities of input's shape {tuple(input.shape)}, "
-                f"got {tuple(target.shape)} {target.dtype}"
-            )
-        if ignore_index >= 0:
-            raise ValueError(f"ignore_index: not for a target of probabilities, got {ignore_index}")
-        return target
-    shape = input.shape[:0] if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
-    if target.shape != torch.Size(shape):
-        raise ValueError(
-            f"target: expected classes of shape {tuple(shape)} for input's {tuple(input.shape)}, "
-            f"got {tuple(target.shape)} {target.dtype}"
-        )
-    return target.long()
-
-
-def _check_weight(name: str, weight: Any, classes: int, other: str, of_other: Tensor) -> None:
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point Tensor, got {kind(weight)}")
-    if weight.shape != (classes,):
-        raise ValueError(f"{name}: expected shape ({classes},), one for each class, got {tuple(weight.shape)}")
-    check_dense(name, weight)
-    check_device(name, weight, other, of_other)
-
-
-def _checked_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> tuple[int, float]:
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    return integer("ignore_index", ignore_index), probability("label_smoothing", label_smoothing)

@@ -11,11 +11,10 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mmkern import reference
 from mmkern.ops._autograd import Values
-from mmkern.ops._checks import DTYPES, autocast_dtype, check_dense, dropout_seed, kind
+from mmkern.ops._checks import DTYPES, check_dense, dropout_seed, kind
 from mmkern.ops._numbers import integer, number, probability
+from mmkern.ops._position_arguments import checked_positions, promoted
 from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
-
-ENCODINGS = ("sinusoidal", "scalar", "sincos2d")
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -162,9 +161,9 @@ def add_positional_encoding(
     check_dense("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected (..., length, dim), got shape {tuple(x.shape)}")
-    dtype, encoding = _promoted(x, encoding)
+    dtype, encoding = promoted(x, encoding)
     x = x.to(dtype)
-    where = _positions("x", encoding, offset, x.shape, x.dtype)
+    where = checked_positions("x", encoding, offset, x.shape, x.dtype)
     scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
     return _add(x, *where, scale, dropout_p, dropout_seed(dropout_p, x))
 
@@ -222,12 +221,14 @@ def embed_tokens(
         )
     if isinstance(encoding, str) and encoding == "sincos2d":
         raise ValueError("encoding: 'sincos2d' is for image grids; tokens take 'sinusoidal', 'scalar' or a table")
-    dtype, encoding = _promoted(weight, encoding)
+    dtype, encoding = promoted(weight, encoding)
     if dtype != weight.dtype and encoding is not None:  # the looked-up rows are converted, not the whole weight
         rows = embed_tokens(tokens, weight, padding_idx=padding_idx).to(dtype)
         return add_positional_encoding(rows, encoding, offset=offset, scale=scale, dropout_p=dropout_p)
     vocabulary, dim = weight.shape
-    where = _positions("tokens", "none" if encoding is None else encoding, offset, (*tokens.shape, dim), weight.dtype)
+    where = checked_positions(
+        "tokens", "none" if encoding is None else encoding, offset, (*tokens.shape, dim), weight.dtype
+    )
     scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
     if padding_idx is not None:
         padding_idx = integer("padding_idx", padding_idx)
@@ -235,56 +236,3 @@ def embed_tokens(
             raise IndexError(f"padding_idx: {padding_idx} is outside the vocabulary of {vocabulary} rows of weight")
         padding_idx %= vocabulary
     return _embed(tokens, weight, *where, scale, dropout_p, padding_idx, dropout_seed(dropout_p, weight))
-
-
-def _promoted(x: Tensor, encoding: Any) -> tuple[torch.dtype, Any]:
-    """The dtype of `x + table` as torch promotes it under autocast, and the table in it; else x's own."""
-    if isinstance(encoding, Tensor) and encoding.dtype in DTYPES and autocast_dtype(x) is not None:
-        dtype = torch.promote_types(x.dtype, encoding.dtype)
-        return dtype, encoding.to(dtype)
-    return x.dtype, encoding
-
-
-def _positions(
-    name: str, encoding: str | Tensor, offset: int | Tensor, shape: tuple[int, ...], dtype: torch.dtype
-) -> tuple[str, Tensor | None, int, Tensor | None]:
-    """The checked schema arguments (encoding, table, offset, offsets) for activations of `shape`."""
-    length, dim = shape[-2], shape[-1]
-    table: Tensor | None = None
-    offsets: Tensor | None = None
-    if not isinstance(encoding, str):
-        table, name_of = encoding, "table"
-        if not isinstance(table, Tensor):
-            raise TypeError(f"encoding: expected a name or a tensor, got {kind(table)}")
-        check_dense("encoding", table)
-        if table.dim() != 2 or table.shape[1] != dim:
-            raise ValueError(f"encoding: expected a table (max_length, {dim}), got shape {tuple(table.shape)}")
-        if table.dtype != dtype:
-            raise TypeError(f"encoding: the table has {table.dtype}, what it is added to {dtype}")
-    else:
-        name_of = encoding
-        if name_of == "sincos2d" and (len(shape) < 3 or dim % 4):
-            raise ValueError(
-                f"{name}: 'sincos2d' takes (..., height, width, dim) with dim divisible by 4, got shape {tuple(shape)}"
-            )
-        if name_of != "none" and name_of not in ENCODINGS:
-            raise ValueError(f"encoding: expected a tensor or one of {', '.join(ENCODINGS)}, got {encoding!r}")
-    if isinstance(offset, Tensor) and (offset.dim() > 0 or len(shape) > 2):
-        offsets, offset = offset, 0
-        if offsets.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"offset: expected an int or a tensor of int64 or int32, got {kind(offsets)}")
-        check_dense("offset", offsets)
-        if len(shape) < 3 or (offsets.shape != shape[:1] and offsets.shape not in ((), (1,))):
-            raise ValueError(
-                f"offset: expected one per batch entry of {name}, got shape {tuple(offsets.shape)} for {tuple(shape)}"
-            )
-        offsets = offsets.long().expand(shape[0]).contiguous()
-    elif (offset := integer("offset", offset)) < 0:
-        raise ValueError(f"offset: expected an int >= 0 or a tensor, got {offset!r}")
-    elif table is not None and offset + length > table.shape[0]:
-        raise IndexError(
-            f"offset: {offset} + length {length} = {offset + length} exceeds max_length {table.shape[0]} of the table"
-        )
-    if name_of == "sincos2d" and (offsets is not None or offset):
-        raise ValueError("offset: 'sincos2d' takes none, a grid starts at row 0, column 0")
-    return name_of, table, offset, offsets

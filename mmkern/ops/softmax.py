@@ -11,13 +11,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from mmkern import reference
 from mmkern.ops._autograd import Values
-from mmkern.ops._checks import autocast_dtype, broadcasts, check_dense, check_device, dropout_seed, kind
-from mmkern.ops._numbers import integer, number, probability
+from mmkern.ops._checks import check_dense, dropout_seed
+from mmkern.ops._numbers import number, probability
+from mmkern.ops._softmax_arguments import check_out, checked_dim, checked_term
 from mmkern.ops.dispatch import CPU, CUDA, TRITON, Kernel, Op
 from mmkern.reference.gradients import bits, in_order, of_bits
 from mmkern.reference.softmax import DIFFERENTIABLE
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _fake(input: Tensor, *_: object) -> Tensor:
@@ -204,12 +203,12 @@ def masked_softmax(
     if has_torch_function_variadic(x, mask, bias):
         options: dict[str, Any] = {"scale": scale, "bias": bias, "dim": dim, "dropout_p": dropout_p}
         return handle_torch_function(masked_softmax, (x, mask, bias), x, mask, **options)
-    dim = _check(x, dim, "x")
+    dim = checked_dim(x, dim, "x")
     check_dense("x", x)
     if mask is not None:
-        mask = _checked_term("mask", mask, x, (torch.bool, torch.float32, x.dtype))
+        mask = checked_term("mask", mask, x, (torch.bool, torch.float32, x.dtype))
     if bias is not None:
-        bias = _checked_term("bias", bias, x, (torch.float32, x.dtype))
+        bias = checked_term("bias", bias, x, (torch.float32, x.dtype))
     scale, dropout_p = number("scale", scale), probability("dropout_p", dropout_p)
     if x.dim() == 0:
         return masked_softmax(x[None], mask, scale=scale, bias=bias, dropout_p=dropout_p)[0]
@@ -235,60 +234,12 @@ def _run(op: Op, op_out: Op, input: Tensor, dim: int, dtype: torch.dtype | None,
             raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
         if isinstance(input, Tensor):
             input = input.to(dtype)
-    dim = _check(input, dim, "input")
+    dim = checked_dim(input, dim, "input")
     if out is not None:
-        _check_out(out, input)
+        check_out(out, input)
         if input.dim() == 0 or out.is_neg():  # a negated view's memory is not what it says
             out.copy_(_run(op, op_out, input, dim, None, None))
         else:
             op_out(input, dim, out)
         return out
     return op(input, dim) if dim or input.dim() else op(input[None], 0)[0]
-
-
-def _check_out(out: Any, input: Tensor) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out: expected a Tensor, got {type(out).__name__}")
-    if out.dtype != input.dtype or out.device != input.device or (out.shape != input.shape and out.numel() != 0):
-        raise ValueError(
-            f"out: expected {tuple(input.shape)} {input.dtype} on {input.device}, "
-            f"got {tuple(out.shape)} {out.dtype} on {out.device}"
-        )
-    if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
-        raise ValueError("out: an argument requires grad, and writing into out cannot be differentiated")
-    if not out.is_contiguous() and any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"out: shape {tuple(out.shape)} of strides {out.stride()} holds elements twice")
-    if out.shape != input.shape:
-        out.resize_(input.shape)
-
-
-def _check(x: Tensor, dim: int, name: str) -> int:
-    """`dim` counted from the front, after x and dim are found to be right."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
-    if type(dim) is not int:
-        dim = integer("dim", dim)
-    rank = x.dim() or 1
-    if not -rank <= dim < rank:
-        raise IndexError(f"dim: expected a value in [{-rank}, {rank - 1}] for shape {tuple(x.shape)}, got {dim}")
-    return dim + rank if dim < 0 else dim
-
-
-def _checked_term(name: str, t: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """`t`, after it is found to have one of `dtypes`, x's device, and a shape that broadcasts to x's."""
-    if isinstance(t, Tensor):
-        check_dense(name, t)
-    if isinstance(t, Tensor) and t.dtype in _HALVES and t.dtype not in dtypes and autocast_dtype(x) is not None:
-        t = t.float()  # autocast mixes the 16-bit dtypes; float32 holds either
-    if not isinstance(t, Tensor) or t.dtype not in dtypes:
-        raise TypeError(f"{name}: expected a Tensor of {', '.join(map(str, dict.fromkeys(dtypes)))}, got {kind(t)}")
-    check_device(name, t, "x", x)
-    if (
-        t.dim() == x.dim() and t.shape == x.shape
-    ):  # of other ranks, torch.export would compare the first dims, and fix them
-        return t
-    if not broadcasts(t, x.shape):
-        raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}")
-    return t
