@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from mmkern.ops.dispatch import Op
+from mmkern.reference.attention import DIFFERENTIABLE
+from mmkern.reference.gradients import bits
 
 BIG = [2**31, 2**62, 2**63 - 1, -(2**31), -(2**63)]
 INTS = [-2, -1, 0, 1, 2, 3, 5, 7, 13, 127, 300, *BIG]
@@ -76,12 +78,11 @@ def attention(d: Draw) -> list[Any]:
 
 
 def attention_bwd(d: Draw) -> list[Any]:
-    args = attention(d)
+    args = OPS["attention_fwd"].record._make(attention(d))
     out, lse = torch.ops.mmkern.attention_fwd(*args)
-    wanted = 7 + 8 * (args[3] is not None and args[3].dtype != torch.bool)
-    wanted += sum(bit for bit, i in ((16, 8), (32, 12), (64, 14)) if args[i] is not None)
+    floats = [name for name in DIFFERENTIABLE if (t := getattr(args, name)) is not None and t.is_floating_point()]
     grad_out = d.floats(*out.shape)
-    return [grad_out, d.maybe(d.floats(*lse.shape)), out, lse, *args, wanted]
+    return [grad_out, d.maybe(d.floats(*lse.shape)), out, lse, *args, bits(DIFFERENTIABLE, floats)]
 
 
 def scores(d: Draw) -> tuple[Tensor, int]:
@@ -312,12 +313,11 @@ def moderate(name: str, args: list[Any]) -> bool:
 
 def comparable(name: str, args: list[Any]) -> bool:
     """Sines of huge angles have no digits in the reference: no position beyond 2^28, no frequency above 1."""
+    given = OPS[name].record._make(args)
     if "rotary" in name:
-        where, base = args[-6], args[-5]
-        return base >= 1.0 and (where is None or bool((where.abs() < 1 << 28).all()))
+        return given.base >= 1.0 and (given.positions is None or bool((given.positions.abs() < 1 << 28).all()))
     if name in ("add_positional_encoding_fwd", "embed_tokens_fwd"):
-        offset, offsets = (args[3], args[4]) if name[0] == "a" else (args[4], args[5])
-        return abs(offset) < 1 << 28 and (offsets is None or bool((offsets.abs() < 1 << 28).all()))
+        return abs(given.offset) < 1 << 28 and (given.offsets is None or bool((given.offsets.abs() < 1 << 28).all()))
     return True
 
 

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
+from mmkern.reference.gradients import of_bits
+from mmkern.reference.linear_loss import DIFFERENTIABLE
+
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any = None) -> int:
     """query @ key^T and weights @ value, each multiplication and each addition one."""
@@ -40,12 +43,13 @@ def _attention_backward(
 
 def _linear(hidden: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
     """The logits, and the gradients of hidden and weight that are computed with them."""
-    wanted = rest[-1]
-    return 2 * prod(hidden.shape) * len(weight) * (1 + (wanted & 1) + (wanted >> 1 & 1))
+    *_, wanted = rest
+    products = 1 + len({"hidden", "weight"}.intersection(of_bits(DIFFERENTIABLE, wanted)))
+    return 2 * prod(hidden.shape) * len(weight) * products
 
 
-def _linear_backward(grad_loss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    return _linear(hidden, weight, *rest)
+def _linear_backward(grad_loss: Tensor, *args: Any, out_val: Any = None) -> int:
+    return _linear(*args)
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {

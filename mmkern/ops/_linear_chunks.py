@@ -13,7 +13,8 @@ from mmkern.ops._choice import _state, leave_threads
 from mmkern.ops._compiled import _C
 from mmkern.ops._loss_arguments import check_classes, check_linear_border
 from mmkern.ops.loss import _cross_entropy, _scale_
-from mmkern.reference.linear_loss import kept_dtype
+from mmkern.reference.gradients import of_bits
+from mmkern.reference.linear_loss import DIFFERENTIABLE, kept_dtype
 from mmkern.reference.loss import MEAN, NONE, SUM
 
 _BUDGET = 32 << 20  # bytes of a chunk's logits, and of their gradient: larger ones are no faster
@@ -100,7 +101,7 @@ def _chunked(
     of a mean divided in the end.
     grad_loss: that of each row's loss; None: 1 for all, of the reduced loss.
     """
-    rows, reads = len(hidden), host_reads(target)
+    rows, reads, asked = len(hidden), host_reads(target), of_bits(DIFFERENTIABLE, wanted)
     kept, h, y, w, b = None, hidden, target, weight, bias
     if reads:
         kept = (target != ignore_index).nonzero().squeeze(1)
@@ -117,10 +118,10 @@ def _chunked(
     shape, dtype = ((rows,), torch.float32) if reduction == NONE else ((), torch.float64)
     losses = hidden.new_zeros(shape, dtype=dtype)
     new = hidden.new_empty if kept is None else hidden.new_zeros
-    grad_hidden = new(hidden.shape if wanted & 1 else 0, dtype=kept_dtype(hidden))
-    grad_bias = hidden.new_zeros(len(weight) if wanted & 4 else 0, dtype=torch.float64)
+    grad_hidden = new(hidden.shape if "hidden" in asked else 0, dtype=kept_dtype(hidden))
+    grad_bias = hidden.new_zeros(len(weight) if "bias" in asked else 0, dtype=torch.float64)
     step = rows_at_a_time(len(weight), w.element_size(), chunk_size, _BUDGET if reads else _GPU_BUDGET)
-    summed = _WeightGradient(weight if wanted & 2 else weight[:0], -(-len(h) // step))
+    summed = _WeightGradient(weight if "weight" in asked else weight[:0], -(-len(h) // step))
     buffer = w.new_empty(min(step, len(h)), len(weight))
     for start in range(0, len(h), step):
         part, classes = h[start : start + step].to(w.dtype), y[start : start + step]
@@ -132,7 +133,7 @@ def _chunked(
             torch.mm(part, w.t(), out=logits)
         else:
             torch.addmm(b, part, w.t(), out=logits)
-        options = ignore_index, reduction and SUM, label_smoothing, True, int(wanted > 0)
+        options = ignore_index, reduction and SUM, label_smoothing, True, int(wanted != 0)
         loss, grad, *_ = _cross_entropy.direct(logits, classes, class_weight, *options)
         if reduction == NONE:
             losses[place] = loss
@@ -142,15 +143,15 @@ def _chunked(
             continue
         if grad_loss is not None:
             _scale_.direct(grad, torch.where(classes == ignore_index, 0.0, grad_loss[place]), None)  # 0 * inf is not 0
-        if wanted & 1 and kept is None and grad_hidden.dtype == w.dtype:
+        if "hidden" in asked and kept is None and grad_hidden.dtype == w.dtype:
             torch.addmm(part[:1], grad, w, beta=0, alpha=factor, out=grad_hidden[place])
-        elif wanted & 1:
+        elif "hidden" in asked:
             grad_hidden[place] = torch.addmm(part[:1], grad, w, beta=0, alpha=factor).to(grad_hidden.dtype)
-        if wanted & 2:
+        if "weight" in asked:
             summed.add_product(grad, part, factor)
-        if wanted & 4:
+        if "bias" in asked:
             grad_bias.add_(grad.sum(0, dtype=torch.float32), alpha=factor)
-    found = [grad_hidden, summed.total() if wanted & 2 else hidden.new_zeros(0), grad_bias.float()]
+    found = [grad_hidden, summed.total() if "weight" in asked else hidden.new_zeros(0), grad_bias.float()]
     if reduction == MEAN:
         losses = losses / divisor
         if not reads:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mmkern.ops._checks import DTYPES, KERNEL_DTYPES, autocast_dtype, check_dense, check_device, check_memory, kind
 from mmkern.ops._numbers import integer, probability
+from mmkern.reference.gradients import bits
+from mmkern.reference.linear_loss import DIFFERENTIABLE
 from mmkern.reference.loss import MEAN, NONE, SUM
 
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
@@ -148,8 +150,9 @@ def check_linear_border(
         raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
     if chunk_size < 0:
         raise ValueError(f"chunk_size: expected rows of a chunk, or 0, got {chunk_size}")
-    if wanted & ~(3 if bias is None else 7):
-        raise ValueError(f"wanted: bits {3 if bias is None else 7} may be set in this call, got {wanted}")
+    most = bits(DIFFERENTIABLE, [name for name in DIFFERENTIABLE if name != "bias" or bias is not None])
+    if wanted & ~most:
+        raise ValueError(f"wanted: bits {most} may be set in this call, got {wanted}")
 
 
 def check_classes(target: Tensor, classes: int) -> None:

@@ -33,11 +33,16 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: int, dtype: torch.dt
     return in_order(DIFFERENTIABLE, found, hidden.new_empty(0, dtype=dtype))
 
 
-def _fake(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, reduction, _, _, wanted = rest
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    loss = hidden.new_empty(target.shape if reduction == NONE else (), dtype=dtype)
-    return loss, *_fake_gradients(hidden, weight, wanted, kept_dtype(hidden))
+def _fake(*values: Any) -> tuple[Tensor, ...]:
+    args = _linear_cross_entropy.record._make(values)
+    dtype = torch.promote_types(args.hidden.dtype, torch.float32)
+    loss = args.hidden.new_empty(args.target.shape if args.reduction == NONE else (), dtype=dtype)
+    return loss, *_fake_gradients(args.hidden, args.weight, args.wanted, kept_dtype(args.hidden))
+
+
+def _fake_backward(*values: Any) -> tuple[Tensor, ...]:
+    args = _rows_backward.record._make(values)
+    return _fake_gradients(args.hidden, args.weight, args.wanted, args.hidden.dtype)
 
 
 _ARGUMENTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
@@ -66,7 +71,7 @@ _rows_backward = Op(
     f"linear_cross_entropy_bwd(Tensor grad_loss, {_ARGUMENTS}float label_smoothing, int chunk_size, int wanted) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_backward,
-    fake=lambda grad_loss, hidden, weight, *rest: _fake_gradients(hidden, weight, rest[-1], hidden.dtype),
+    fake=_fake_backward,
     kernels=[Kernel(CPU, backward_in_chunks), Kernel(TRITON, backward_in_chunks)],
     dtype_of=["hidden"],
     backward=_backward_twice,

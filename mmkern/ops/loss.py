@@ -22,7 +22,7 @@ from mmkern.ops._loss_arguments import (
     loss_dtype,
 )
 from mmkern.ops.dispatch import CPU, TRITON, Kernel, Op
-from mmkern.reference.gradients import formula_gradients
+from mmkern.reference.gradients import formula_gradients, of_bits
 from mmkern.reference.loss import IN_FORWARD, NONE
 
 
@@ -39,11 +39,12 @@ def _fake(
     dtype = torch.float32 if wide and input.dtype.itemsize < 4 else input.dtype
     shape = input.shape[2:] if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     soft = target.is_floating_point()
+    asked = of_bits(IN_FORWARD, wanted)
     half = torch.float16 in (input.dtype, target.dtype) and wanted != 0
     return (
         input.new_empty(shape if reduction == 0 else (), dtype=dtype),
-        _like(input.contiguous() if soft else input) if wanted & 1 else input.new_empty(0),
-        target.new_empty(target.shape if wanted & 2 else 0),
+        _like(input.contiguous() if soft else input) if "input" in asked else input.new_empty(0),
+        target.new_empty(target.shape if "target" in asked else 0),
         input.new_empty(int(half), dtype=torch.float32),
     )
 
