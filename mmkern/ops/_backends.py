@@ -1,6 +1,6 @@
 """The backends: why one of them cannot run a call, and what it launches; in which order they are tried.
 
-`explain`, the choice before a call and the dispatch of CUDA tensors all read these records, so they cannot disagree.
+`explain`, the choice before a call and the dispatch of CUDA tensors all read a `Kernel`, so they cannot disagree.
 """
 
 from __future__ import annotations

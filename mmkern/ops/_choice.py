@@ -78,7 +78,7 @@ class _State:
         self.strict: bool = self._last("strict", False)
         # "triton" is forced and Triton runs its kernels in its interpreter, on any device
         self.interpreting: bool = self._last("interpreting", False)
-        self.record: list[Choice] | None = self._last("record")
+        self.choices: list[Choice] | None = self._last("choices")
         self.in_use = bool(self._open) or self.forked  # one look per call instead of three
 
     def _last(self, name: str, default: Any = None) -> Any:
@@ -147,12 +147,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
         >>> print(mmkern.explain(mmkern.softmax, torch.zeros(2, dtype=torch.float64), dim=0)[0].backend)
         reference
     """
-    record: list[Choice] = []
-    block = _state.enter(record=record)
+    choices: list[Choice] = []
+    block = _state.enter(choices=choices)
     try:
         fn(*args, **kwargs)
     finally:
         _state.leave(block)
-    if _state.record is not None:  # inside another explain, which is told of these calls too
-        _state.record.extend(record)
-    return record
+    if _state.choices is not None:  # inside another explain, which is told of these calls too
+        _state.choices.extend(choices)
+    return choices

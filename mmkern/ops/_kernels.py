@@ -14,9 +14,9 @@ from mmkern.ops._choice import _state
 
 
 class Kernels:
-    """The records of an op's kernels, and its reference.
+    """An op's kernels, one of a backend, and its reference.
 
-    record: class of the op's arguments. tensors, typed: places of those that are tensors, and whose dtype is checked.
+    record: class of the op's arguments by name. tensors, typed: places of tensors, and of those whose dtype is checked.
     launchers: backend -> function of the schema's arguments. Triton's is imported when it is first needed.
     """
 
@@ -34,7 +34,7 @@ class Kernels:
                 reasons[name] = f"backend({_state.forced!r}) is in force"
             elif reason := self._refusal(name, devices, args):
                 reasons[name] = reason
-            elif _state.record is None:
+            elif _state.choices is None:
                 break
         ran = next(name for name in BACKENDS if name not in reasons)
         if _state.strict and _state.forced not in (None, ran):

@@ -203,10 +203,10 @@ class Op:
                 enter_flop_formulas()
         self._check_spread(args)
         ran, reasons = self.kernels.find(args)
-        if _state.record is not None:
+        if _state.choices is not None:
             detail = _C.isa() if ran == "cpu" and _C else ""
             refused = {name: reasons.get(name, f"{ran} goes first") for name in BACKENDS[:-1] if name != ran}
-            _state.record.append(Choice(self.name, ran, detail, refused))
+            _state.choices.append(Choice(self.name, ran, detail, refused))
         if self.kernels.devices(args) == {"meta"} and not transformed():
             return self._dispatch  # there are no values: the shapes, which the fake tells
         return self._launcher(ran)
@@ -225,5 +225,5 @@ def _recorded() -> bool:
     """Whether calls are recorded now, to run later, when another backend may have to be chosen."""
     return _get_tracing_state() is not None or (
         torch.compiler.is_compiling()
-        and (_state.forced is not None or _state.record is not None or torch.compiler.is_exporting())
+        and (_state.forced is not None or _state.choices is not None or torch.compiler.is_exporting())
     )

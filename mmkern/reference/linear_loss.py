@@ -28,8 +28,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, ...]:
     """cross_entropy(hidden @ weight^T + bias, target) of (N, D), (V, D), (N) and (V).
 
-    Returns the loss (float32, or float64) and its gradients for hidden (wanted & 1), weight (2) and bias (4), in
-    float32 for float16, without elements where not wanted.
+    Returns the loss (float32, or float64) and its gradients for what is DIFFERENTIABLE, in float32 for float16, without
+    elements where not wanted.
     """
     counted, logits = _logits(hidden, weight, target, bias, ignore_index)
     options = class_weight, ignore_index, reduction, label_smoothing
@@ -58,7 +58,7 @@ def linear_cross_entropy_backward(
     chunk_size: int,
     wanted: int,
 ) -> tuple[Tensor, ...]:
-    """Gradients for hidden (wanted & 1), weight (2) and bias (4), given that of each row's loss."""
+    """Gradients for what is DIFFERENTIABLE, given that of each row's loss; empty where not wanted."""
     given = record(_loss)(hidden, weight, target, bias, class_weight, ignore_index, label_smoothing)
     given = given._replace(**{name: wide(t) for name in DIFFERENTIABLE if (t := getattr(given, name)) is not None})
     found = formula_gradients(_loss, [grad_loss], given, of_bits(DIFFERENTIABLE, wanted))
