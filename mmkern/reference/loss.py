@@ -25,9 +25,9 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-sum_c w_c t_c log softmax(x)_c, with t the target (1 at its class) smoothed towards 1 / classes.
 
-    Returns the loss (in input's dtype; with `wide`, at least float32), its gradients for what is IN_FORWARD, and what these
-    were multiplied by. They are those of the reduced loss, or with reduction NONE of each position's, and without elements
-    where not wanted; the multiplier is of shape (1,), or (0,) where it is 1.
+    Returns the loss (in input's dtype; with `wide`, at least float32), its gradients for what is IN_FORWARD, and what
+    these were multiplied by. They are those of the reduced loss, or with reduction NONE of each position's, and without
+    elements where not wanted; the multiplier is of shape (1,), or (0,) where it is 1.
     """
     dim = min(1, input.dim() - 1)
     x = widened(input)
