@@ -1,6 +1,7 @@
 """What an Op is told once, its names and its kernels, and that everything reads it there."""
 
 import re
+from importlib.util import find_spec
 from inspect import Parameter, signature
 
 import pytest
@@ -28,7 +29,7 @@ BITS = {
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_an_argument_has_one_name_in_the_schema_and_the_reference(op: Op) -> None:
+def test_an_argument_has_one_name_in_schema_reference_and_launcher(op: Op) -> None:
     fields = list(op.record._fields)
     parameters = signature(op.reference).parameters.values()
     named = [p.name for p in parameters if p.kind is not Parameter.VAR_POSITIONAL]
@@ -36,6 +37,10 @@ def test_an_argument_has_one_name_in_the_schema_and_the_reference(op: Op) -> Non
         assert op.name == "attention_bwd"
         named += [*record(mmkern.reference.attention)._fields, "wanted"]
     assert named == fields
+    if find_spec("triton"):
+        parameters = signature(op.kernels.launcher("triton")).parameters.values()
+        named = [p.name for p in parameters if p.kind is not Parameter.VAR_POSITIONAL]
+        assert named == fields[: len(named)]
     assert set(BITS.get(op.name, ())) <= set(fields)
     assert ("wanted" in fields) == (op.name in BITS)
 
@@ -202,3 +207,12 @@ def test_dropout_of_everything(backend: str) -> None:
     assert not placed.nan_to_num().any()
     assert attended[0].isnan().all(-1).tolist() == [True, False]
     assert not attended.nan_to_num().any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_a_meta_tensor_gets_shapes_whatever_is_in_force(backend: str) -> None:
+    """Also where Triton's interpreter takes tensors of any device."""
+    x = torch.empty(2, 3, device="meta")
+    with mmkern.backend(backend):
+        out = mmkern.softmax(x, 1)
+    assert (out.shape, out.device.type) == (x.shape, "meta")

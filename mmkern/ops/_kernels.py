@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from mmkern.ops._autograd import Values
 from mmkern.ops._backends import BACKENDS, CUDA, TRITON, Kernel, unmeasured
 from mmkern.ops._checks import KERNEL_DTYPES, transformed
 from mmkern.ops._choice import _state
+
+_WITH_KERNELS = BACKENDS[:-1]
 
 
 class Kernels:
@@ -26,19 +26,21 @@ class Kernels:
         self.record, self.tensors, self.typed = record, tensors, typed
         self.launchers: dict[str, Callable[..., Any]] = {}
 
-    def find(self, args: Values) -> tuple[str, dict[str, str]]:
+    def find(self, args: Values, device: str | None = None) -> tuple[str, dict[str, str]]:
         """The backend that runs a call, and why others do not: those before it, and while `explain` asks, all."""
-        devices, reasons = self.devices(args), dict[str, str]()
-        for name in BACKENDS[:-1]:
-            if _state.forced not in (None, name):
-                reasons[name] = f"backend({_state.forced!r}) is in force"
-            elif reason := self._refusal(name, devices, args):
+        device, forced, reasons = device or self.device(args), _state.forced, {}
+        ran = "reference"
+        for name in _WITH_KERNELS:
+            if forced is not None and forced != name:
+                reasons[name] = f"backend({forced!r}) is in force"
+            elif reason := self._refusal(name, device, args):
                 reasons[name] = reason
-            elif _state.choices is None:
-                break
-        ran = next(name for name in BACKENDS if name not in reasons)
-        if _state.strict and _state.forced not in (None, ran):
-            raise RuntimeError(f"{self.op}: backend {_state.forced!r} refused: {reasons[str(_state.forced)]}")
+            elif ran == "reference":
+                ran = name
+                if _state.choices is None:
+                    break
+        if _state.strict and forced is not None and forced != ran:
+            raise RuntimeError(f"{self.op}: backend {forced!r} refused: {reasons[forced]}")
         return ran, reasons
 
     def launcher(self, name: str) -> Callable[..., Any]:
@@ -46,27 +48,27 @@ class Kernels:
             self.launchers[name] = self.of[name].launcher()
         return self.launchers[name]
 
-    def devices(self, args: Values) -> set[str]:
-        return {args[i].device.type for i in self.tensors if args[i] is not None}
+    def device(self, args: Values) -> str:
+        """The type of the tensors' device, or in words those that they are on."""
+        found = {args[i].device.type for i in self.tensors if args[i] is not None}
+        return found.pop() if len(found) == 1 else " and ".join(sorted(found))
 
-    def _refusal(self, name: str, devices: set[str], args: Values) -> str | None:
-        if name not in self.of:
+    def _refusal(self, name: str, device: str, args: Values) -> str | None:
+        kernel = self.of.get(name)
+        if kernel is None:
             return "no kernel for this op"
-        kernel = self.of[name]
-        if devices != {kernel.backend.device} and not (kernel.backend is TRITON and _state.interpreting):
-            return f"tensors are on {' and '.join(sorted(devices))}"
-        if reason := kernel.backend.missing():
+        backend = kernel.backend
+        if device != backend.device and not (backend is TRITON and _state.interpreting):
+            return f"tensors are on {device}"
+        if reason := backend.missing():
             return reason
-        if kernel.backend is CUDA and _state.forced != "cuda":
-            device = next(args[i].device for i in self.tensors if args[i] is not None)
-            if reason := unmeasured(self.op, device):
-                return reason
+        preferred = backend is not CUDA or _state.forced == "cuda"
+        if not preferred and (reason := unmeasured(self.op, args[self.tensors[0]].device)):
+            return reason
         if transformed():
             return "inside forward-mode AD or a torch.func transform"
-        if dtype := self._wrong_dtype(args):
-            return f"the kernels take float32, bfloat16 and float16, not {dtype}"
+        for i in self.typed:
+            dtype = args[i].dtype
+            if dtype not in KERNEL_DTYPES and dtype.is_floating_point:
+                return f"the kernels take float32, bfloat16 and float16, not {dtype}"
         return kernel.refuses(self.record._make(args)) if kernel.refuses else None
-
-    def _wrong_dtype(self, args: Values) -> torch.dtype | None:
-        dtypes = [args[i].dtype for i in self.typed]
-        return next((dtype for dtype in dtypes if dtype not in KERNEL_DTYPES and dtype.is_floating_point), None)

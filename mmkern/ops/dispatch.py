@@ -189,7 +189,7 @@ class Op:
 
     def _on_gpu(self, *args: Any) -> Any:
         """What the operator does with CUDA tensors, in a compiled graph and called by hand, too."""
-        return self.kernels.launcher(self.kernels.find(args)[0])(*args)
+        return self.kernels.launcher(self.kernels.find(args, TRITON.device)[0])(*args)
 
     def _check_layouts(self, *args: Any) -> None:
         for i in self.tensors:
@@ -207,7 +207,7 @@ class Op:
             detail = _C.isa() if ran == "cpu" and _C else ""
             refused = {name: reasons.get(name, f"{ran} goes first") for name in BACKENDS[:-1] if name != ran}
             _state.choices.append(Choice(self.name, ran, detail, refused))
-        if self.kernels.devices(args) == {"meta"} and not transformed():
+        if (ran == "reference" or _state.interpreting) and self.kernels.device(args) == "meta" and not transformed():
             return self._dispatch  # there are no values: the shapes, which the fake tells
         return self._launcher(ran)
 
