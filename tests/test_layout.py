@@ -20,7 +20,7 @@ ARROWS = {
     "mmkern/integrations": {"mmkern", "mmkern.ops", "mmkern.nn", "mmkern.integrations"},
     "mmkern/nn": {"mmkern", "mmkern.nn", "mmkern.reference"},
     "mmkern/model": {"mmkern", "mmkern.nn", "mmkern.model"},
-    "mmkern/training": {"mmkern", "mmkern.model", "mmkern.training"},
+    "mmkern/training": {"mmkern", "mmkern.model", "mmkern.training", "mmkern.console"},
     "kernels": {"mmkern.kernels"},
 }
 C_HEADERS = {"cmath", "cstddef", "cstdint", "cstring", "immintrin.h", "arm_neon.h"}

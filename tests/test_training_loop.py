@@ -192,8 +192,8 @@ def test_a_checkpoint_of_other_weights_data_or_processes_is_refused(tmp_path):
     run = trainer(tmp_path, configuration(steps=1))
     run.run()
     checkpoint = checkpoints.last_good(tmp_path / "checkpoints")[0]
-    with pytest.raises(CheckpointError, match=r"has \(4, 16\) for class_head.weight, the model \(4, 32\)"):
-        loop.load_weights(built(configuration({"width": 32})), checkpoint)
+    with pytest.raises(CheckpointError, match=r"has \(4, 16\) float32 for class_head.weight, expected \(4, 32\)"):
+        checkpoint.restore_weights(built(configuration({"width": 32})))
     other = trainer(tmp_path)
     other.problem.train = other.problem.train[1:]
     with pytest.raises(CheckpointError, match="was trained on 48 samples, the data now have 47"):
