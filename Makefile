@@ -33,7 +33,7 @@ BIN   := $(if $(VENV),$(VENV)/bin/)
 OFFLINE := mmkern: pip could not install the build tools: is there a network? Without one, name a folder of wheels in \
 	PIP_FIND_LINKS and set PIP_NO_INDEX=1
 STAMP := $(or $(VENV),build)/installed
-CPP   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu csrc/cuda/tile/*.h tests/*.cpp tests/*/*.cpp tests/*/*.h)
+CPP    = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: help test architectures bench headline instructions gpu build lint format asan tsan clean wheel matrix \
 	release-check test-arm
@@ -93,13 +93,13 @@ format: $(STAMP)
 	$(PY) -m ruff format
 	$(BIN)clang-format -i $(CPP)
 
-# In a folder of its own: a copy of the sources, whose setup.py compiles AVX2 alone, under sanitizers. Torch is not
+# In a folder of its own: a copy of the sources, of which AVX2 alone is compiled, under sanitizers. Torch is not
 # compiled so: its allocations are watched, its own reads and writes are not.
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -DMMKERN_ONE_ISA
 asan: build
 	@mkdir -p build/asan
-	cp -pu --parents $$(git ls-files pyproject.toml README.md csrc kernels benchmarks mmkern tests/operator_calls.py) build/asan
-	sed 's/-O3/-O1/; s/^if platform.machine.*/if False:/; s/^ISAS = .*/ISAS = {"baseline": AVX2}/' setup.py > build/asan/setup.py
+	cp -pu --parents $$(git ls-files setup.py pyproject.toml README.md csrc kernels benchmarks mmkern tests/operator_calls.py) build/asan
+	sed 's/-O3/-O1/; s/^if platform.machine.*/if False:/; s/^ISAS = .*/ISAS = {"baseline": AVX2}/' csrc/toolchain.py > build/asan/csrc/toolchain.py
 	cd build/asan && CXX="$(CXX) $(ASAN)" $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/asan && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 PYTHONPATH=. \

@@ -1,10 +1,11 @@
-"""What compiling needs, asked before anything is fetched or compiled; each lack is one sentence.
+"""How mmkern is compiled, and what that needs, asked before anything is fetched; each lack is one sentence.
 
 setup.py imports this. `make` runs it first, with an interpreter that may be any Python 3 and have no packages.
 """
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -14,6 +15,26 @@ from importlib import metadata
 from pathlib import Path
 
 BUILD_TOOLS = {"setuptools": 77, "pybind11": 2, "ninja": 1}  # name -> oldest major version
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+ISAS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS = {"baseline": "-march=x86-64-v2", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+elif platform.machine() in ("aarch64", "arm64"):
+    ISAS = {"baseline": "", "neon_bf16": "-march=armv8.2-a+bf16"}
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra "
+FLAGS += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 warns of its own AVX-512 headers
+FLAGS += "-DTORCH_TARGET_VERSION=0x020b000000000000 "  # the stable ABI of torch 2.11
+RULES = """
+rule cxx
+ command = {cxx} {flags} $extra -MMD -MF $out.d -c $in -o $out
+ deps = gcc
+ depfile = $out.d
+ description = compile $out
+rule link
+ command = {cxx} -shared $in {torch} -ltorch_cpu -lc10 -o $out
+ description = link $out
+"""
 PROBE = """
 #include <Python.h>
 #include <optional>

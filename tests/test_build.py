@@ -35,8 +35,9 @@ def leaked(path: Path, isa: str) -> list[str]:
 @linux
 @pytest.mark.parametrize("isa", _C.build()["isas"])
 def test_code_of_an_instruction_set_stays_in_its_namespace(isa):
-    objects = list(OBJECTS.glob(f"*.isa.cpp.{isa}.o"))
-    assert len(objects) == len(list((ROOT / "csrc/cpu").glob("*.isa.cpp")))
+    sources = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.isa.cpp")]
+    objects = [OBJECTS / f"{source}.{isa}.o" for source in sources]
+    assert {"cpu/attention/forward.isa.cpp", "cpu/softmax/forward.isa.cpp"} <= set(map(str, sources))
     assert {path.name: found for path in objects if (found := leaked(path, isa))} == {}
 
 

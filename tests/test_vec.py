@@ -1,4 +1,4 @@
-"""The vector vocabulary of csrc/cpu/vec.h, per instruction set, against numpy and torch.
+"""The vector vocabulary of csrc/cpu/simd/vec.isa.h, per instruction set, against numpy and torch.
 
 tests/vec_probe.cpp is compiled here once per instruction set with the flags of the build, so nothing of it ships.
 """

@@ -1,6 +1,6 @@
 // The kernels' own synchronisation under ThreadSanitizer, which cannot see into torch's pool: tasks
 // handed out in order to four threads (csrc/cpu/parallel.cpp run_tasks) add to one sum, each in its
-// turn, as attention backward adds the parts of grad_q (attention_backward.isa.cpp add_rows).
+// turn, as attention backward adds the parts of grad_q (attention/backward.isa.cpp add_rows).
 //
 // With the argument "race" a turn is looked at without its memory order: ThreadSanitizer must see
 // that, or it would see nothing at all. With "poor" one thread finds no memory: the others do all.

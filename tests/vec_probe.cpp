@@ -1,5 +1,6 @@
-// The vector vocabulary of csrc/cpu/vec.h for one instruction set, callable from tests/test_vec.py.
-#include "cpu/vec.h"
+// The vector vocabulary of csrc/cpu/simd/vec.isa.h for one instruction set, callable from
+// tests/test_vec.py.
+#include "cpu/simd/vec.isa.h"
 
 using namespace mmkern::MMKERN_ISA;
 

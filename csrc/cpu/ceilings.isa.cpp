@@ -1,7 +1,7 @@
 // Loops that do one thing as fast as an instruction set can.
 #include "cpu/ceilings.h"
 
-#include "cpu/vec.h"
+#include "cpu/simd/vec.isa.h"
 
 namespace mmkern::MMKERN_ISA {
 namespace {

@@ -1,4 +1,5 @@
-// Storage types of tensors. Arithmetic is float32 everywhere; vec.h converts on load and store.
+// Storage types of tensors. Arithmetic is float32 everywhere; simd/vec.isa.h converts on load and
+// store.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // How tasks are handed out and take turns: what parallel.cpp runs on torch's threads, without
-// torch, so that ThreadSanitizer can watch it (tests/turns_race.cpp). Not for *.isa.cpp.
+// torch, so that ThreadSanitizer can watch it (tests/turns_race.cpp).
 #pragma once
 
 #include <atomic>

@@ -77,7 +77,7 @@ def _fake_backward(
 
 
 def _like(t: Tensor) -> Tensor:
-    """What the kernel allocates for a gradient of t (csrc/cpu/attention_backward.cpp: like)."""
+    """What the kernel allocates for a gradient of t (csrc/cpu/attention/backward.cpp: like)."""
     unit = t.shape[-1] <= 1 or t.stride(-1) == 1
     out = torch.empty_like(t if unit else t.contiguous())
     return out if t.shape[-1] <= 1 or out.stride(-1) == 1 else t.new_empty(t.shape)

@@ -53,7 +53,7 @@ def _fake(
 
 
 def _like(x: Tensor) -> Tensor:
-    """What the kernel allocates for a gradient of x (csrc/cpu/loss.cpp: layout_of, new_gradient)."""
+    """What the kernel allocates for a gradient of x (csrc/cpu/loss/cross_entropy.cpp: layout_of, new_gradient)."""
     if x.dim() == 1:
         return x.new_empty(x.shape)
     inner = [(n, step) for n, step in zip(x.shape[2:], x.stride()[2:], strict=True) if n != 1]

@@ -15,7 +15,7 @@ from test_vec import *  # noqa: F403, the vocabulary's tests, here with another 
 ROOT = Path(__file__).parents[2]
 CXX, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = ["-std=c++17", "-O2", "-static", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # as setup.py has them
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # as csrc/toolchain.py has them
 SETS = {"baseline": [], "neon_bf16": ["-march=armv8.2-a+bf16"]}
 PROCESSORS = {"baseline": "cortex-a57", "neon_bf16": "max"}  # the first lacks bfloat16
 pytestmark = pytest.mark.skipif(
@@ -76,11 +76,14 @@ def probe(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("arm")
-    once = [ROOT / "tests/arm/kernels.cpp", *(ROOT / f"csrc/cpu/{name}.cpp" for name in ("isa", "turns", "pages"))]
-    jobs = [(isa, path) for path in sorted((ROOT / "csrc/cpu").glob("*.isa.cpp")) for isa in SETS]
-    jobs += [("baseline", path) for path in once]
+    once = [ROOT / f"csrc/cpu/{name}.cpp" for name in ("isa", "pages", "position/turns")]
+    jobs = [(isa, path) for path in sorted((ROOT / "csrc/cpu").rglob("*.isa.cpp")) for isa in SETS]
+    jobs += [("baseline", path) for path in (ROOT / "tests/arm/kernels.cpp", *once)]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: compile_for(*job, folder / f"{job[1].name}.{job[0]}.o", "-c"), jobs))
+        compiled = [
+            pool.submit(compile_for, isa, path, folder / f"{number}.o", "-c") for number, (isa, path) in enumerate(jobs)
+        ]
+    objects = [job.result() for job in compiled]
     subprocess.run([CXX, "-static", *map(str, objects), "-o", str(folder / "kernels")], check=True)
     return folder / "kernels"
 

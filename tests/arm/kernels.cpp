@@ -9,18 +9,18 @@
 #include <string>
 #include <vector>
 
-#include "cpu/attention_backward.h"
-#include "cpu/loss.h"
+#include "cpu/attention/backward.h"
+#include "cpu/loss/cross_entropy.h"
 #include "cpu/parallel.h"
-#include "cpu/rotary.h"
-#include "cpu/softmax.h"
-#include "cpu/turns.h"
+#include "cpu/position/rotary.h"
+#include "cpu/position/turns.h"
+#include "cpu/softmax/args.h"
 
 namespace mmkern {
 
 // Threads are torch's: here, one.
 int64_t num_threads() { return 1; }
-void run_tasks(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
+void run_tasks(int64_t tasks, void (*fn)(void*, int64_t), void* context, size_t) {
   for (int64_t task = 0; task < tasks; ++task) fn(context, task);
 }
 void await_turn(const int32_t* turn, int32_t value) {
