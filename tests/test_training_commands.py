@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from training_cases import CONFIG, ask, draw_shapes, refused
 
 from mmkern import cli
 from mmkern.nn import MultiheadAttention
-from mmkern.training import checkpoints, compress, records, run_page
+from mmkern.training import checkpoints, commands, compress, records, run_page
 from mmkern.training.evaluation import Prediction
 
 
@@ -178,13 +179,20 @@ def test_a_finished_run_resumed_stays_as_it_is_and_a_damaged_checkpoint_is_passe
     assert "model.safetensors: has 0 bytes" in refused(capsys, "evaluate", tmp_path / "run")
 
 
-def test_a_student_of_another_size_learns_from_a_run(run, capsys, tmp_path):
+def test_a_student_of_another_size_learns_from_a_run(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "LOGGED", 8)
     text = CONFIG.format(steps=20).replace("width = 32", "width = 16").replace('"shapes"', f'"{run / "shapes"}"')
     (tmp_path / "config.toml").write_text(text + f'teacher = "{run / "run"}"\ntemperature = 3.0\n')
     code, _, err = ask(capsys, "train", tmp_path / "config.toml", "--output", tmp_path / "student")
     assert code == 0, err
     first = records.read(tmp_path / "student")[0]
     assert {"text", "class", "distill_text", "distill_class"} <= first.keys()
+    told = [line.split(", ") for line in err.splitlines() if line.startswith("training ")]
+    curve = [r for r in records.read(tmp_path / "student") if r["split"] == "train"]
+    for step, (loss, rate, left) in zip((8, 16, 20), told, strict=True):  # no terminal: a line every so many steps
+        assert loss == f"training {step}/20 loss {curve[step - 1]['loss']:.3f}"
+        assert rate == f"learning rate {curve[step - 1]['learning_rate']:.2g}"
+        assert re.fullmatch(r"0:00:\d\d left", left)
     assert first["loss"] == pytest.approx(sum(first[n] for n in ("text", "class", "distill_text", "distill_class")))
     (tmp_path / "config.toml").write_text(
         (tmp_path / "config.toml").read_text().replace("image_size = 24", "image_size = 32")
