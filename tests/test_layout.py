@@ -19,7 +19,7 @@ ARROWS = {
     "mmkern/ops": {"mmkern.ops", "mmkern.reference", "mmkern._C"},
     "mmkern/integrations": {"mmkern", "mmkern.ops", "mmkern.nn", "mmkern.integrations"},
     "mmkern/nn": {"mmkern", "mmkern.nn", "mmkern.reference"},
-    "mmkern/model": {"mmkern", "mmkern.nn", "mmkern.model"},
+    "mmkern/model": {"mmkern", "mmkern.nn", "mmkern.model", "mmkern.reference"},
     "mmkern/training": {"mmkern", "mmkern.model", "mmkern.training", "mmkern.console"},
     "kernels": {"mmkern.kernels"},
 }

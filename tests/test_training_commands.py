@@ -15,7 +15,7 @@ from training_cases import CONFIG, ask, draw_shapes, refused
 
 from mmkern import cli
 from mmkern.nn import MultiheadAttention
-from mmkern.training import checkpoints, commands, compress, records, run_page
+from mmkern.training import checkpoints, commands, compress, pictures, records, run_page
 from mmkern.training.evaluation import Prediction
 
 
@@ -100,6 +100,35 @@ def test_generate_and_classify_a_picture_of_ones_own(run, capsys, tmp_path):
     assert drawn[0] == drawn[1]
     assert drawn[2] == drawn[3]
     assert len(set(drawn)) > 1
+
+
+def test_an_exported_run_answers_elsewhere_as_here(run, capsys, tmp_path, monkeypatch):
+    from onnxruntime import InferenceSession
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = tmp_path / "exported"
+    assert ask(capsys, "export", run / "run", folder, "--onnx")[0] == 0
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    images = torch.stack([pictures.square(pictures.read(run / f"shapes/{i}.png"), 24) / 255 for i in (0, 1)])
+    asked = tokenizer([model.config.class_prompt] * 2, return_tensors="pt")
+    with torch.no_grad():
+        found = model(images, asked["input_ids"], asked["attention_mask"]).logits
+    (elsewhere,) = InferenceSession(folder / "classify.onnx").run(
+        None,
+        {
+            "images": images.numpy(),
+            "tokens": asked["input_ids"].numpy(),
+            "lengths": asked["attention_mask"].sum(1).numpy(),
+        },
+    )
+    torch.testing.assert_close(torch.from_numpy(elsewhere), found, rtol=1e-4, atol=1e-5)
+    said = ask(capsys, "classify", run / "run", run / "shapes/0.png", run / "shapes/1.png", "--top", "1")[1]
+    for line, share in zip(said.splitlines(), found.softmax(-1), strict=True):
+        assert line.endswith(f": {model.config.id2label[int(share.argmax())]} {share.max():.1%}")
+    assert "is not an empty folder" in refused(capsys, "export", run / "run", folder)
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    line = refused(capsys, "export", run / "run", tmp_path / "other", "--onnx")
+    assert line == "mmkern: --onnx needs onnx, which is not installed: pip install 'mmkern[onnx]'"
 
 
 def test_wrong_input_is_one_line(run, capsys, tmp_path):

@@ -1,7 +1,8 @@
-"""The commands `mmkern train | evaluate | generate | classify`; heavy imports wait until one of them runs."""
+"""The commands `mmkern train | evaluate | generate | classify | export`; heavy imports wait until one of them runs."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import time
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 PICTURES = 48  # on the page, of each task
 TEST = "test.json"
+ONNX = "classify.onnx"
 LOGGED, TESTED = 100, 512  # steps and samples after which there is a line where there is no terminal
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `mmkern train` wrote.")]
@@ -34,7 +36,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: CUDA where ther
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    for command in (train, evaluate, generate, classify):
+    for command in (train, evaluate, generate, classify, export):
         app.command()(command)
 
 
@@ -297,3 +299,29 @@ def classify(
                 share, place = opened.model(batch)["class_logits"][0].softmax(-1).sort(descending=True)
             best = zip(share[:top].tolist(), place[:top].tolist(), strict=True)
             typer.echo(f"{path}: " + ", ".join(f"{opened.classes[i]} {p:.1%}" for p, i in best))
+
+
+def export(
+    run: RunFolder,
+    folder: Annotated[Path, typer.Argument(help="New folder, for transformers.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write classify.onnx there as well.")] = False,
+) -> None:
+    """Write a run's model for transformers: AutoModel opens it once mmkern.model.pretrained is imported."""
+    with one_line():
+        if onnx:
+            for name in ("onnx", "onnxscript"):
+                if importlib.util.find_spec(name) is None:
+                    raise typer.BadParameter(f"--onnx needs {name}, which is not installed: pip install 'mmkern[onnx]'")
+        from mmkern.model import pretrained
+        from mmkern.model.onnx import export_classification
+        from mmkern.training.runs import open_run
+
+        opened = open_run(run)
+        if onnx and not opened.classes:
+            raise typer.BadParameter(f"--onnx: the model of {run} was trained without classes")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise typer.BadParameter(f"{folder}: is not an empty folder")
+        pretrained.save(opened.model, opened.tokenizer, opened.classes, opened.class_prompt, folder)
+        if onnx:
+            export_classification(opened.model, folder / ONNX)
+    typer.echo(f"written: {folder}")
