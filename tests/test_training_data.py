@@ -251,17 +251,17 @@ def write_vectors(path, kind):
         np.save(path / "v.npy", np.array(list(WORDS.values()), dtype=np.float32))
         (path / "v.txt").write_text("\n".join(WORDS) + "\n")
         return path / "v.npy"
-    if kind == "binary":
-        content = b"3 3\n" + b"".join(
-            w.encode() + b" " + np.array(v, dtype=np.float32).tobytes() + b"\n" for w, v in WORDS.items()
-        )
+    if kind in ("binary", "GoogleNews"):  # the latter's file has no line breaks after vectors
+        end = b"\n" if kind == "binary" else b""
+        rows = (w.encode() + b" " + np.array(v, dtype=np.float32).tobytes() + end for w, v in WORDS.items())
+        content = b"3 3\n" + b"".join(rows)
         (path / "v.bin").write_bytes(content)
         return path / "v.bin"
     (path / "v.txt").write_text(("3 3\n" if kind == "word2vec" else "") + lines + "\n")
     return path / "v.txt"
 
 
-@pytest.mark.parametrize("kind", ["glove", "word2vec", "binary", "npy"])
+@pytest.mark.parametrize("kind", ["glove", "word2vec", "binary", "GoogleNews", "npy"])
 def test_word_vectors_of_every_format(tmp_path, kind):
     tokenizer, vectors = read_word_vectors(write_vectors(tmp_path, kind), ["Red zebra"])
     for word, values in WORDS.items():
