@@ -107,6 +107,22 @@ def test_code_of_one_instruction_set_includes_no_templates_of_others(name):
                 todo.append(path)
 
 
+def test_the_design_page_names_what_exists():
+    """Folders and files in backquotes, each arrow of the code's layers in its drawing, each kind of folder in a row."""
+    text = (ROOT / "docs/design.md").read_text()
+    paths = set(re.findall(r"`((?:mmkern|csrc|kernels|benchmarks|tests|docs)(?:/[\w./]*)?)`", text))
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    rows = set(re.findall(r"`([\w/]+)`", "".join(re.findall(r"^\| (`.*?`) \|", text, re.M))))
+    folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "mmkern").glob("*/__init__.py")}
+    folders = {f"mmkern/{Path(f).name}" for f in folders} | {"csrc/cpu", "csrc/cuda", "kernels", "benchmarks", "tests"}
+    assert folders <= rows, folders - rows
+    families = {path.name for path in (ROOT / "csrc/cpu").iterdir() if path.is_dir()}
+    assert [family for family in families if f"`{family}`" not in text] == []
+    drawing = text.split("```")[1]
+    assert [layer for layer in ARROWS if layer not in drawing] == []
+
+
 def test_import_needs_torch_alone_and_starts_nothing(tmp_path):
     script = """
 import os, sys, threading

@@ -1,10 +1,12 @@
-// Attention backward. With P = exp(score - lse), recomputed block by block, and D what dropout
+// Attention backward. P = exp(score - lse) is recomputed block by block, and D is what dropout
 // multiplies a weight by:
 //
-//   grad_v = (P D)^T @ grad_out
-//   dS     = P * (D * (grad_out @ v^T) - delta),   delta = sum(grad_out * out) - grad_lse of each
-//   row grad_q = W @ k,  grad_k = W^T @ q,             W = dS times the derivative of the score by
-//   q.k
+//   delta  = sum(grad_out * out) - grad_lse        one number for each row of queries
+//   grad_v = (P * D)^T @ grad_out
+//   dS     = P * (D * (grad_out @ v^T) - delta)
+//   W      = dS * (derivative of the score by q.k)
+//   grad_q = W @ k
+//   grad_k = W^T @ q
 //
 // Five products of 2 * head_dim operations a score, against two forward; the elementwise part adds
 // some 25 instructions a vector of scores to 5 * head_dim.

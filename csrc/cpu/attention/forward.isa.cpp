@@ -1,10 +1,16 @@
 // Attention forward: out = softmax(scores) @ value without ever holding a row of scores longer than
 // kKeys.
 //
-//   score = similarity(q, k) * scale * temperature, soft-capped, plus ALiBi, plus mask; then for
-//   every block of keys: m' = max(m, block max), p = e^(score - m'), l = l * e^(m - m') + sum p, o
-//   = o * e^(m - m') + p @ v and at the end out = o / l, lse = m + log l. Powers are those of 2,
-//   and log2 e comes in where scores become exponents.
+//   score = softcap(similarity(q, k) * scale * temperature) + ALiBi + mask
+//   for each block of keys, with the row's maximum m, sum l and output o so far:
+//     m' = max(m, maximum of the block)
+//     p  = e^(score - m')
+//     l  = l * e^(m - m') + sum(p)
+//     o  = o * e^(m - m') + p @ v
+//     m  = m'
+//   out = o / l,  lse = m + log(l)
+//
+// Powers are those of 2: log2(e) comes in where scores become exponents.
 //
 // A task is one (batch, key head) and a chunk of its query rows, the rows of all query heads that
 // share the key head side by side. For each block of keys it packs keys and values once (one read,

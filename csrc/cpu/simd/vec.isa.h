@@ -5,8 +5,8 @@
 //
 // Vocabulary (n = number of valid lanes, 0..kLanes):
 //   zero() set1(x) iota()                          constants
-//   load(p) load_n(p, n) store(p, v) store_n(p, v, n)   float, bf16 or f16 in memory; load_n gives
-//   0 beyond n
+//   load(p) load_n(p, n) store(p, v) store_n(p, v, n)   float, bf16 or f16 in memory
+//   load_n gives 0 beyond n
 //   + - * /  fma(a, b, c) = a*b+c   fnma(a, b, c) = c-a*b   max min abs sqrt round
 //   max(a, b), min(a, b): b where either is NaN, so max(bound, x) keeps a NaN in x
 //   less(a, b) less_equal equal  is_nan  first_n(n)  load_mask(p) load_mask_n(p, n)   give a Mask
