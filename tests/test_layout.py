@@ -19,8 +19,8 @@ ARROWS = {
     "mmkern/ops": {"mmkern.ops", "mmkern.reference", "mmkern._C"},
     "mmkern/integrations": {"mmkern", "mmkern.ops", "mmkern.nn", "mmkern.integrations"},
     "mmkern/nn": {"mmkern", "mmkern.nn", "mmkern.reference"},
-    "mmkern/model": {"mmkern", "mmkern.nn", "mmkern.model"},
-    "mmkern/training": {"mmkern", "mmkern.model", "mmkern.training"},
+    "mmkern/model": {"mmkern", "mmkern.nn", "mmkern.model", "mmkern.reference"},
+    "mmkern/training": {"mmkern", "mmkern.model", "mmkern.training", "mmkern.console"},
     "kernels": {"mmkern.kernels", "mmkern.testing"},
 }
 CSRC = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".cu"}]
