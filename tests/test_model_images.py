@@ -15,7 +15,6 @@ import mmkern
 from mmkern.model import ModelConfig, MultimodalModel
 from mmkern.model.images import ImageStem
 
-
 STEMS = r"image_stem: expected conv, patch, vgg16 \(11, 13, 19\) or a backbone"
 
 
