@@ -146,18 +146,9 @@ def test_a_batch_without_any_picture_trains(image_stem):
     [
         ({"image_stem": "patch", "patch_size": 12}, "patch_size: expected a divisor of image_size = 32, got 12"),
         ({"image_stem": "resnet", "image_weights": "/nowhere"}, "image_weights: expected a folder .* '/nowhere'"),
-        (
-            {"image_stem": "no-such-network"},
-            STEMS + r" .* 'no-such-network'",
-        ),
-        (
-            {"image_stem": "resnet", "image_backbone": {"depths": "x"}},
-            STEMS,
-        ),
-        (
-            {"image_stem": "gpt2"},
-            STEMS + " of transformers, got 'gpt2'",
-        ),
+        ({"image_stem": "no-such-network"}, STEMS + r" .* 'no-such-network'"),
+        ({"image_stem": "resnet", "image_backbone": {"depths": "x"}}, STEMS),
+        ({"image_stem": "gpt2"}, STEMS + " of transformers, got 'gpt2'"),
     ],
 )
 def test_wrong_stems_are_named(changes, message):
