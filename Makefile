@@ -124,7 +124,7 @@ $(STAMP): pyproject.toml constraints.txt $(if $(VENV),$(PY))
 	$(PY) -m pip install --retries 1 $$(grep -E '^(setuptools|pybind11|ninja)==' constraints.txt) || { echo "$(OFFLINE)" >&2; exit 1; }
 	$(PY) -m pip install -c constraints.txt torch==2.13.0
 	$(PY) setup.py -q build_ext --inplace
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,train,glove,transformers,dev]'
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,train,glove,onnx,transformers,dev]'
 	@mkdir -p $(@D) && touch $@
 
 $(VENV)/bin/%:

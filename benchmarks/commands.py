@@ -24,7 +24,7 @@ from mmkern.benchmarks.run import PLANS, Run, estimate
 from mmkern.benchmarks.shapes import read_shapes
 from mmkern.benchmarks.trace import Report, Writer
 from mmkern.benchmarks.worker import Here, Worker
-from mmkern.training.console import keep_caches
+from mmkern.console import keep_caches
 
 FOLDER = Path("mmkern-report")
 Ops = Annotated[str, typer.Option(help="Ops or families, comma-separated: attention, softmax, rotary, ... [all]")]

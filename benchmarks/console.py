@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
 from mmkern.benchmarks import report, tables
 from mmkern.benchmarks.records import Result
 from mmkern.benchmarks.trace import Report
-from mmkern.training.console import plain
+from mmkern.console import plain
+from mmkern.console import progress as bar
 
 PIPE_WIDTH = 170  # no terminal: wide enough for every column
 BAD = ("WRONG", "ERROR", "REFUSED", "wrong", "error", "refused")
@@ -29,25 +28,8 @@ def console() -> Console:
 def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Result], None]]]:
     """Two functions to call, before each step with its name and after each case with its result. On a terminal they
     move a bar; elsewhere each result is a line on stderr, so that a log shows where it is."""
-    shown = plain(stderr=True)
-    done = 0
-    if not shown.is_terminal:
-
-        def say(result: Result) -> None:
-            nonlocal done
-            done += 1
-            print(f"{done}/{total} {line(result)}", file=sys.stderr, flush=True)
-
-        yield lambda text: None, say
-        return
-    columns = TextColumn("{task.description:<52}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=shown, transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(result: Result) -> None:
-            bar.update(task, advance=1)
-
-        yield lambda text: bar.update(task, description=text), advance
+    with bar(total) as step:
+        yield lambda text: step(0, text), lambda result: step(1, None, line(result))
 
 
 def line(r: Result) -> str:

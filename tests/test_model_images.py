@@ -6,12 +6,16 @@ import shutil
 from dataclasses import asdict, replace
 
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 from model_cases import TINY, batch_of, tiny
 
 import mmkern
 from mmkern.model import ModelConfig, MultimodalModel
 from mmkern.model.images import ImageStem
+
+STEMS = r"image_stem: expected conv, patch, vgg16 \(11, 13, 19\) or a backbone"
 
 
 def stem(**changes) -> ImageStem:
@@ -142,9 +146,9 @@ def test_a_batch_without_any_picture_trains(image_stem):
     [
         ({"image_stem": "patch", "patch_size": 12}, "patch_size: expected a divisor of image_size = 32, got 12"),
         ({"image_stem": "resnet", "image_weights": "/nowhere"}, "image_weights: expected a folder .* '/nowhere'"),
-        ({"image_stem": "no-such-network"}, "image_stem: expected conv, patch or a backbone .* 'no-such-network'"),
-        ({"image_stem": "resnet", "image_backbone": {"depths": "x"}}, "image_stem: expected conv, patch or a backbone"),
-        ({"image_stem": "gpt2"}, "image_stem: expected conv, patch or a backbone of transformers, got 'gpt2'"),
+        ({"image_stem": "no-such-network"}, STEMS + r" .* 'no-such-network'"),
+        ({"image_stem": "resnet", "image_backbone": {"depths": "x"}}, STEMS),
+        ({"image_stem": "gpt2"}, STEMS + " of transformers, got 'gpt2'"),
     ],
 )
 def test_wrong_stems_are_named(changes, message):
@@ -167,3 +171,73 @@ def test_weights_are_neither_unpickled_nor_waited_for(resnet, tmp_path):
     os.mkfifo(weights)
     with pytest.raises(ValueError, match=r"image_weights: .*model.safetensors is no regular file"):
         stem(image_stem="resnet", image_weights=str(folder))
+
+
+TORCHVISION = {  # where its vgg16 has convolutions in `features`, and their shapes; vgg11_bn has norms between
+    "vgg16": {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256),
+              17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)},
+    "vgg11_bn": {0: (64, 3), 4: (128, 64), 8: (256, 128), 11: (256, 256), 15: (512, 256), 18: (512, 512),
+                 22: (512, 512), 25: (512, 512)},
+}  # fmt: skip
+
+
+def published(name):
+    """Weights named and shaped as in torchvision's file; of the classifier, which nobody reads, a few."""
+    draw = torch.Generator().manual_seed(0)
+    found = {"classifier.6.bias": torch.zeros(1000)}
+    for place, (out, into) in TORCHVISION[name].items():
+        found[f"features.{place}.weight"] = torch.randn(out, into, 3, 3, generator=draw) * (2 / into / 9) ** 0.5
+        found[f"features.{place}.bias"] = torch.randn(out, generator=draw) * 0.1
+        if name.endswith("_bn"):
+            norm = {"weight": 1.5, "bias": 0.1, "running_mean": 0.2, "running_var": 0.5}
+            found |= {f"features.{place + 1}.{key}": torch.full((out,), value) for key, value in norm.items()}
+            found[f"features.{place + 1}.num_batches_tracked"] = torch.tensor(7)
+    return found
+
+
+def by_hand(tensors, name, x):
+    """What torchvision's definition computes of them: pooling where the next convolution's place leaves a gap."""
+    places = list(TORCHVISION[name])
+    step = 3 if name.endswith("_bn") else 2
+    for place, after in zip(places, [*places[1:], -1], strict=True):
+        x = F.conv2d(x, tensors[f"features.{place}.weight"], tensors[f"features.{place}.bias"], padding=1)
+        if step == 3:
+            mean, var, weight, bias = (
+                tensors[f"features.{place + 1}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+            )
+            x = F.batch_norm(x, mean, var, weight, bias)
+        x = F.relu(x)
+        if after != place + step:
+            x = F.max_pool2d(x, 2)
+    return x
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("vgg16", ".pth"), ("vgg11_bn", ".safetensors")])
+def test_vgg_with_weights_in_torchvisions_layout(tmp_path, name, suffix):
+    tensors, path = published(name), tmp_path / f"{name}{suffix}"
+    torch.save(tensors, path) if suffix == ".pth" else safetensors.torch.save_file(tensors, path)
+    module, images = stem(image_stem=name, image_weights=str(path)), torch.rand(1, 3, 32, 32)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    expected = module.features[1](by_hand(tensors, name, (images - mean) / deviation)).permute(0, 2, 3, 1)
+    assert expected.shape == (1, 1, 1, 16)
+    torch.testing.assert_close(module(images), expected, rtol=1e-4, atol=1e-5)
+    path.unlink()  # a checkpoint of the model holds the weights
+    config = replace(TINY, image_stem=name, image_weights=str(path), image_backbone=module.backbone)
+    assert ImageStem(config).backbone == {"model_type": name}
+
+
+def test_vgg_weights_that_are_none(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "unpickled"),)
+
+    wrong = {"a.pth": {"features.0.weight": Trap()}, "b.pth": {"features.0.weight": torch.zeros(3)}, "c.pth": [1]}
+    for name, content in wrong.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "d.safetensors").write_bytes(b"no tensors")
+    os.mkfifo(tmp_path / "e.pth")
+    for name in (*wrong, "d.safetensors", "e.pth", "missing.pth"):
+        with pytest.raises(ValueError, match=rf"^image_weights: .*{name}") as caught:
+            stem(image_stem="vgg11", image_weights=str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "unpickled").exists()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from training_cases import CONFIG, ask, draw_shapes, refused
 
 from mmkern import cli
 from mmkern.nn import MultiheadAttention
-from mmkern.training import checkpoints, compress, records, run_page
+from mmkern.training import checkpoints, commands, compress, pictures, records, run_page
 from mmkern.training.evaluation import Prediction
 
 
@@ -101,6 +102,35 @@ def test_generate_and_classify_a_picture_of_ones_own(run, capsys, tmp_path):
     assert len(set(drawn)) > 1
 
 
+def test_an_exported_run_answers_elsewhere_as_here(run, capsys, tmp_path, monkeypatch):
+    from onnxruntime import InferenceSession
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = tmp_path / "exported"
+    assert ask(capsys, "export", run / "run", folder, "--onnx")[0] == 0
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    images = torch.stack([pictures.square(pictures.read(run / f"shapes/{i}.png"), 24) / 255 for i in (0, 1)])
+    asked = tokenizer([model.config.class_prompt] * 2, return_tensors="pt")
+    with torch.no_grad():
+        found = model(images, asked["input_ids"], asked["attention_mask"]).logits
+    (elsewhere,) = InferenceSession(folder / "classify.onnx").run(
+        None,
+        {
+            "images": images.numpy(),
+            "tokens": asked["input_ids"].numpy(),
+            "lengths": asked["attention_mask"].sum(1).numpy(),
+        },
+    )
+    torch.testing.assert_close(torch.from_numpy(elsewhere), found, rtol=1e-4, atol=1e-5)
+    said = ask(capsys, "classify", run / "run", run / "shapes/0.png", run / "shapes/1.png", "--top", "1")[1]
+    for line, share in zip(said.splitlines(), found.softmax(-1), strict=True):
+        assert line.endswith(f": {model.config.id2label[int(share.argmax())]} {share.max():.1%}")
+    assert "is not an empty folder" in refused(capsys, "export", run / "run", folder)
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    line = refused(capsys, "export", run / "run", tmp_path / "other", "--onnx")
+    assert line == "mmkern: --onnx needs onnx, which is not installed: pip install 'mmkern[onnx]'"
+
+
 def test_wrong_input_is_one_line(run, capsys, tmp_path):
     broken, half = tmp_path / "broken.png", tmp_path / "half.png"
     broken.write_text("not a picture")
@@ -178,13 +208,20 @@ def test_a_finished_run_resumed_stays_as_it_is_and_a_damaged_checkpoint_is_passe
     assert "model.safetensors: has 0 bytes" in refused(capsys, "evaluate", tmp_path / "run")
 
 
-def test_a_student_of_another_size_learns_from_a_run(run, capsys, tmp_path):
+def test_a_student_of_another_size_learns_from_a_run(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "LOGGED", 8)
     text = CONFIG.format(steps=20).replace("width = 32", "width = 16").replace('"shapes"', f'"{run / "shapes"}"')
     (tmp_path / "config.toml").write_text(text + f'teacher = "{run / "run"}"\ntemperature = 3.0\n')
     code, _, err = ask(capsys, "train", tmp_path / "config.toml", "--output", tmp_path / "student")
     assert code == 0, err
     first = records.read(tmp_path / "student")[0]
     assert {"text", "class", "distill_text", "distill_class"} <= first.keys()
+    told = [line.split(", ") for line in err.splitlines() if line.startswith("training ")]
+    curve = [r for r in records.read(tmp_path / "student") if r["split"] == "train"]
+    for step, (loss, rate, left) in zip((8, 16, 20), told, strict=True):  # no terminal: a line every so many steps
+        assert loss == f"training {step}/20 loss {curve[step - 1]['loss']:.3f}"
+        assert rate == f"learning rate {curve[step - 1]['learning_rate']:.2g}"
+        assert re.fullmatch(r"0:00:\d\d left", left)
     assert first["loss"] == pytest.approx(sum(first[n] for n in ("text", "class", "distill_text", "distill_class")))
     (tmp_path / "config.toml").write_text(
         (tmp_path / "config.toml").read_text().replace("image_size = 24", "image_size = 32")

@@ -37,6 +37,7 @@ def test_a_dump_reads_back_the_same():
             {"training": {"optimizer": "lion"}},
             "training.optimizer: input should be 'sgd', 'adam' or 'adamw', got 'lion'",
         ),
+        ({"training": {"schedule": "cosin"}}, "training.schedule: input should be 'constant', 'step', 'cosine', "),
         ({"training": {"weights": {"txt": 1}}}, "training.weights.txt"),
     ],
 )

@@ -11,11 +11,10 @@ from PIL import Image
 
 from mmkern.model.config import ModelConfig
 from mmkern.training import emoji
-from mmkern.training.augment import Augment
 from mmkern.training.config import DataConfig
 from mmkern.training.data import Sample, collate, load_dataset
-from mmkern.training.pictures import square
-from mmkern.training.problem import DataError
+from mmkern.training.files import DataError
+from mmkern.training.pictures import Augment, square
 from mmkern.training.text import read_word_vectors, train_tokenizer
 
 
@@ -24,24 +23,24 @@ def test_categories_hold_out_concepts_and_names_hold_out_combinations():
     assert len(classes) == 9
     assert min(map(len, (train, validation, test))) > 500
     concept = {e.picture: e.concept for e in emoji.read()}
-    seen = {concept[s["image"]] for s in train}
-    category = [s for s in test if s["group"] == "category"]
+    seen = {concept[s.image] for s in train}
+    category = [s for s in test if s.group == "category"]
     assert len(category) > 300
-    assert not {concept[s["image"]] for s in category} & seen
-    names = [s for s in test if s["group"] == "name"]
-    pictures = {s["image"] for s in train}
-    known = {word for s in train if s["group"] == "name" for word in s["text"].split()}
+    assert not {concept[s.image] for s in category} & seen
+    names = [s for s in test if s.group == "name"]
+    pictures = {s.image for s in train}
+    known = {word for s in train if s.group == "name" for word in s.text.split()}
     assert len(names) > 150
-    assert all(concept[s["image"]] in seen and s["image"] not in pictures for s in names)
-    assert sum(set(s["text"].split()) <= known for s in names) > 0.95 * len(names)
-    assert not pictures & {s["image"] for s in validation}
-    assert not {s["image"] for s in validation} & {s["image"] for s in test}
+    assert all(concept[s.image] in seen and s.image not in pictures for s in names)
+    assert sum(set(s.text.split()) <= known for s in names) > 0.95 * len(names)
+    assert not pictures & {s.image for s in validation}
+    assert not {s.image for s in validation} & {s.image for s in test}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_held_out_picture_is_the_same_to_the_pixel_as_a_training_one(seed):
     def pixels(sample):
-        with Image.open(sample["image"]) as image:
+        with Image.open(sample.image) as image:
             return hashlib.sha256(image.convert("RGBA").tobytes()).digest()
 
     parts = [{pixels(s) for s in split} for split in emoji.samples(["name", "category"], seed)[0]]
@@ -60,8 +59,8 @@ def test_the_split_depends_on_its_seed_alone():
 
 def test_no_description_that_fits_is_called_wrong():
     for split in emoji.samples(["name", "fits"], 0)[0]:
-        name = {s["image"]: s["text"] for s in split if s["group"] == "name"}
-        answers = [(s["prompt"] == f"is this {name[s['image']]}?", s["text"]) for s in split if s["group"] == "fits"]
+        name = {s.image: s.text for s in split if s.group == "name"}
+        answers = [(s.prompt == f"is this {name[s.image]}?", s.text) for s in split if s.group == "fits"]
         assert answers
         assert set(answers) == {(True, "yes"), (False, "no")}
 
@@ -89,7 +88,7 @@ ROWS = [
 @pytest.mark.parametrize("name", ["table.jsonl", "table.csv"])
 def test_a_folder_with_a_table(tmp_path, name):
     found = load_dataset(folder(tmp_path / "data", ROWS, name))
-    assert found.train.classes == ["blue", "none", "red"]
+    assert found.classes == ["blue", "none", "red"]
     assert [(s.prompt, s.text, s.label, s.group) for s in found.train] == [
         ("colour?", "a red one", None, "text"),
         ("", None, 0, "label"),
@@ -152,7 +151,11 @@ def test_a_folder_without_a_table_and_a_broken_picture(tmp_path):
         load_dataset(DataConfig(source=str(tmp_path)))
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(ValueError, match=r"x.png: is no picture that Pillow can read"):
-        collate([Sample(tmp_path / "x.png", "p", "t", None, "")], train_tokenizer(["p t"], 259), ModelConfig(300))
+        collate(
+            [Sample(tmp_path / "x.png", "p", "t", None, "")],
+            tokenizer=train_tokenizer(["p t"], 259),
+            config=ModelConfig(300),
+        )
 
 
 def test_pictures_become_square_and_transparent_parts_white():
@@ -191,7 +194,7 @@ def test_a_batch_says_what_is_asked_and_what_is_missing():
         Sample(None, "a", None, 1, ""),
         Sample(red, "", None, 0, ""),
     ]
-    batch = collate(samples, tokenizer, config)
+    batch = collate(samples, tokenizer=tokenizer, config=config)
     assert batch.image_present.tolist() == [True, False, True]
     assert batch.images[0].mean((1, 2)).tolist() == [1, 0, 0]
     ids = tokenizer.encode("what is this?").ids[:5]
@@ -201,7 +204,7 @@ def test_a_batch_says_what_is_asked_and_what_is_missing():
     assert batch.inputs.tolist() == [[1, a], [1, 0], [1, 0]]
     assert batch.targets.tolist() == [[a, 2], [-100, -100], [-100, -100]]
     assert batch.labels.tolist() == [-100, 1, 0]
-    only_label = collate(samples[2:], tokenizer, config)
+    only_label = collate(samples[2:], tokenizer=tokenizer, config=config)
     assert (only_label.image_present, only_label.prompts, only_label.inputs, only_label.targets) == (None,) * 4
 
 
@@ -248,17 +251,17 @@ def write_vectors(path, kind):
         np.save(path / "v.npy", np.array(list(WORDS.values()), dtype=np.float32))
         (path / "v.txt").write_text("\n".join(WORDS) + "\n")
         return path / "v.npy"
-    if kind == "binary":
-        content = b"3 3\n" + b"".join(
-            w.encode() + b" " + np.array(v, dtype=np.float32).tobytes() + b"\n" for w, v in WORDS.items()
-        )
+    if kind in ("binary", "GoogleNews"):  # the latter's file has no line breaks after vectors
+        end = b"\n" if kind == "binary" else b""
+        rows = (w.encode() + b" " + np.array(v, dtype=np.float32).tobytes() + end for w, v in WORDS.items())
+        content = b"3 3\n" + b"".join(rows)
         (path / "v.bin").write_bytes(content)
         return path / "v.bin"
     (path / "v.txt").write_text(("3 3\n" if kind == "word2vec" else "") + lines + "\n")
     return path / "v.txt"
 
 
-@pytest.mark.parametrize("kind", ["glove", "word2vec", "binary", "npy"])
+@pytest.mark.parametrize("kind", ["glove", "word2vec", "binary", "GoogleNews", "npy"])
 def test_word_vectors_of_every_format(tmp_path, kind):
     tokenizer, vectors = read_word_vectors(write_vectors(tmp_path, kind), ["Red zebra"])
     for word, values in WORDS.items():

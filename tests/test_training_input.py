@@ -14,9 +14,10 @@ import typer
 from PIL import Image
 from training_cases import CONFIG, ask, draw_shapes, refused
 
+from mmkern.console import keep_caches
 from mmkern.training import console, pictures, records, run_page
 from mmkern.training.config import ConfigError, parse, read
-from mmkern.training.problem import DataError
+from mmkern.training.files import DataError
 
 
 @pytest.mark.parametrize(
@@ -321,7 +322,7 @@ def test_caches_go_to_the_users_cache_folder(folder, tmp_path, monkeypatch):
     assert list(temporary.iterdir()) == []
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     monkeypatch.delenv("MPLCONFIGDIR", raising=False)
-    console.keep_caches()
+    keep_caches()
     assert "MPLCONFIGDIR" not in os.environ
 
 

@@ -175,6 +175,25 @@ def test_a_plateau_lowers_the_rate_and_stops(tmp_path, monkeypatch):
     assert len(losses(tmp_path)) == 30
 
 
+def test_threads_are_the_runs_and_steps_that_wait_are_told_once(tmp_path, monkeypatch, caplog):
+    """Steps of 1 s, in which their thread computes for `share`, as where another process has the other one's core."""
+    before, share, seen = torch.get_num_threads(), 0.8, []
+    monkeypatch.setattr(loop, "WATCHED", 1)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(run.step))
+    monkeypatch.setattr(loop.time, "thread_time", lambda: share * run.step)
+    for threads, share in ((2, 0.8), (1, 0.3), (2, 0.3)):
+        config = configuration(steps=2, threads=threads)
+        folder = tmp_path / f"{threads}-{share}"
+        run = trainer(folder, config, progress=lambda step, record: seen.append(torch.get_num_threads()))
+        run.run()
+        assert seen == [threads] * 2
+        assert torch.get_num_threads() == before
+        seen.clear()
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [text[:60] for text in told] == ["step 1: computing takes 30% of a step's 1.00 s, the rest is w"[:60]]
+    assert "[training] threads = 1 may be faster" in told[0]
+
+
 def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
     with pytest.raises(loop.TrainingError, match=r"step \d+: the loss is .* try a lower training.learning_rate"):
         trainer(tmp_path, configuration(optimizer="sgd", learning_rate=1e30, warmup=0)).run()
@@ -192,8 +211,8 @@ def test_a_checkpoint_of_other_weights_data_or_processes_is_refused(tmp_path):
     run = trainer(tmp_path, configuration(steps=1))
     run.run()
     checkpoint = checkpoints.last_good(tmp_path / "checkpoints")[0]
-    with pytest.raises(CheckpointError, match=r"has \(4, 16\) for class_head.weight, the model \(4, 32\)"):
-        loop.load_weights(built(configuration({"width": 32})), checkpoint)
+    with pytest.raises(CheckpointError, match=r"has \(4, 16\) float32 for class_head.weight, expected \(4, 32\)"):
+        checkpoint.restore_weights(built(configuration({"width": 32})))
     other = trainer(tmp_path)
     other.problem.train = other.problem.train[1:]
     with pytest.raises(CheckpointError, match="was trained on 48 samples, the data now have 47"):

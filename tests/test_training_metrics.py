@@ -6,9 +6,9 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from mmkern.model.config import ModelConfig
-from mmkern.training import baselines
+from mmkern.training import evaluation
 from mmkern.training.data import Sample, collate
-from mmkern.training.metrics import classification_metrics, text_metrics, token_f1
+from mmkern.training.evaluation import classification_metrics, text_metrics, token_f1
 from mmkern.training.problem import Problem
 from mmkern.training.text import train_tokenizer
 
@@ -17,14 +17,14 @@ def test_classes_are_scored_as_scikit_learn_does():
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (200,), generator=draw).tolist()
     predicted = [t if i % 3 else (t + 1) % 5 for i, t in enumerate(labels)]
-    found = classification_metrics(predicted, labels, list("abcde"))
+    found = classification_metrics(predicted, labels, 5)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert found["confusion"] == confusion_matrix(labels, predicted).tolist()
 
 
 def test_a_class_that_nobody_has_does_not_lower_the_f1():
-    assert classification_metrics([0, 1, 1], [0, 1, 1], ["a", "b", "c"])["macro_f1"] == pytest.approx(1.0)
+    assert classification_metrics([0, 1, 1], [0, 1, 1], 3)["macro_f1"] == pytest.approx(1.0)
 
 
 def test_texts():
@@ -49,8 +49,10 @@ def test_baselines_answer_most_often_and_as_the_nearest_picture():
     train += [Sample(shade(v), "p", text, None, "h") for v, text in ((0, "dark"), (200, "light"), (0, "dark"))]
     test = [Sample(shade(v), "p", *answer) for v in (40, 160) for answer in ((None, 1, "g"), ("light", None, "h"))]
     test += [Sample(None, "p", None, 0, "g"), Sample(None, "p", "new", None, "elsewhere")]
-    problem = Problem(train, [], test, ["a", "b"], tokenizer, lambda s, g: collate(s, tokenizer, config))
-    usual, nearest = baselines.most_frequent(problem), baselines.nearest_picture(problem)
+    problem = Problem(
+        train, [], test, ["a", "b"], tokenizer, lambda s, g: collate(s, g, tokenizer=tokenizer, config=config)
+    )
+    usual, nearest = evaluation.most_frequent(problem), evaluation.nearest_picture(problem)
     assert [(p.label, p.text) for p in usual] == [(1, None), (None, "dark")] * 2 + [(1, None), (None, "")]
     near = [(0, None), (None, "dark"), (1, None), (None, "light"), (1, None), (None, "")]
     assert [(p.label, p.text) for p in nearest] == near

@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,21 +14,12 @@ from mmkern.model import Batch, MultimodalModel
 from mmkern.training import checkpoints
 from mmkern.training.config import parse
 from mmkern.training.loop import Trainer
-from mmkern.training.problem import Problem
+from mmkern.training.problem import Problem, Sample
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.2), "blue": (0.1, 0.2, 0.9), "grey": (0.5, 0.5, 0.5)}
 VOCABULARY = ["[PAD]", "[START]", "[END]", "[UNK]", "which", "colour", *COLOURS]
 SIDE = 12
 KILLABLE_STEPS = 600  # more than 20 processes make before they are killed
-
-
-@dataclass
-class Sample:
-    image: torch.Tensor
-    prompt: str
-    text: str | None
-    label: int | None
-    group: str
 
 
 def samples(count, seed):

@@ -44,10 +44,12 @@ class ModelConfig:
         similarity: of attention: "dot", "cosine" (with a learned temperature), "euclidean" or "squared_euclidean".
         encoding: positions: "sinusoidal", "scalar", "learned", "none", or of attention: "rotary", "alibi".
         image_size: height and width of pictures; 0: the model takes none.
-        image_stem: "conv" (convolutions and pooling), "patch", or a transformers model type, such as "resnet".
-        image_weights: folder with local weights of that transformers model; None: from its configuration, untrained.
-        image_backbone: configuration of that transformers model. A model fills it in in its own config, so that a
-            checkpoint is loaded without image_weights; where it is given, image_weights are not read.
+        image_stem: "conv" (convolutions and pooling), "patch", "vgg11" .. "vgg19" (with batch norm "vgg16_bn"), or a
+            transformers model type, such as "resnet".
+        image_weights: folder with local weights of that transformers model, or file with torchvision's of that VGG;
+            None: untrained.
+        image_backbone: configuration of that transformers model, or name of that VGG. A model fills it in in its own
+            config, so that a checkpoint is loaded without image_weights; where it is given, image_weights are not read.
         image_embedding: channels of an image embedding to be regressed (a teacher's, say); 0: none.
         patch_size: side of a picture's patch with "patch".
         word_vector_dim: channels of word vectors that are projected to width; 0: an embedding of width itself.

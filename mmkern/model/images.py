@@ -1,4 +1,4 @@
-"""From pictures to tokens: convolutions and pooling, patches, or a backbone of transformers."""
+"""From pictures to tokens: convolutions and pooling, patches, VGG, or a backbone of transformers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from mmkern.model.config import ModelConfig
 # Mean and deviation of a channel in [0, 1]; the first is what weights trained on ImageNet expect.
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PLAIN = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+# Convolutions in each of VGG's five blocks (Simonyan and Zisserman 2014), which have 64, 128, 256, 512, 512 channels.
+VGG = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+_VGG_CHANNELS = (64, 128, 256, 512, 512)
 
 
 class ImageStem(nn.Module):
     """Pictures to grids of features: (B, 3, side, side) in [0, 1] -> (B, height, width, config.width).
 
-    `backbone` holds the transformers configuration that was used, as a dict; None for the stems of this file.
+    `backbone` holds the transformers configuration that was used, as a dict, or the name of a VGG; None for the others.
 
     Raises:
         ValueError: a picture cannot be cut into patches, or config.image_stem is neither known here nor a backbone.
@@ -36,6 +39,9 @@ class ImageStem(nn.Module):
                     f"patch_size: expected a divisor of image_size = {config.image_size}, got {config.patch_size}"
                 )
             self.features = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        elif config.image_stem.removesuffix("_bn") in VGG:
+            self.features, self.statistics = vgg(config), _IMAGENET
+            self.backbone = {"model_type": config.image_stem}
         else:
             self.features, self.statistics = Backbone(config), _IMAGENET
             self.backbone = self.features.settings
@@ -63,6 +69,44 @@ def conv_stem(width: int) -> nn.Sequential:
             layers.append(nn.Conv2d(channels[i - 1], wide, 3, padding=1))
         layers += [nn.MaxPool2d(2, ceil_mode=True), nn.GroupNorm(1, wide), nn.GELU()]
     return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+
+
+def vgg(config: ModelConfig) -> nn.Sequential:
+    """The convolutions of a VGG and a projection: (B, 3, side, side) -> (B, width, side // 32, side // 32).
+
+    With config.image_weights, a file that names its tensors as torchvision does ("features.0.weight", ...), as its own
+    .pth files and timm's .safetensors do; what belongs to the classifier is left aside. A .pth is read as plain tensors
+    alone, so that nothing in it runs. Without, the weights are drawn.
+    """
+    name, normed = config.image_stem.removesuffix("_bn"), config.image_stem.endswith("_bn")
+    layers: list[nn.Module] = []
+    seen = 3
+    for count, channels in zip(VGG[name], _VGG_CHANNELS, strict=True):
+        for _ in range(count):
+            layers += [nn.Conv2d(seen, channels, 3, padding=1), *[nn.BatchNorm2d(channels)] * normed, nn.ReLU()]
+            seen = channels
+        layers.append(nn.MaxPool2d(2))
+    body = nn.Sequential(*layers)
+    if config.image_weights is not None and config.image_backbone is None:
+        _load_vgg(body, Path(config.image_weights), config.image_stem)
+    return nn.Sequential(body, nn.Conv2d(seen, config.width, 1))
+
+
+def _load_vgg(body: nn.Sequential, path: Path, name: str) -> None:
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"image_weights: expected a file with the weights of {name}, got {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {key.removeprefix("features."): t for key, t in found.items() if key.startswith("features.")}
+        body.load_state_dict(tensors)
+    except Exception as error:  # what the two readers raise of foreign files is no closed list
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"image_weights: {str(path)!r} are not the weights of {name} ({said})") from None
 
 
 class Backbone(nn.Module):
@@ -95,8 +139,8 @@ class Backbone(nn.Module):
                 self.model = kind.from_pretrained(weights, config=found, local_files_only=True, use_safetensors=True)
         except Exception as error:  # what transformers raises of foreign settings is no closed list
             raise ValueError(
-                f"image_stem: expected conv, patch or a backbone of transformers, got {config.image_stem!r} "
-                f"with image_weights {weights!r} ({str(error)[:200]})"
+                f"image_stem: expected conv, patch, vgg16 (11, 13, 19) or a backbone of transformers, got "
+                f"{config.image_stem!r} with image_weights {weights!r} ({str(error)[:200]})"
             ) from None
         if self.model.config.model_type != config.image_stem:
             raise ValueError(

@@ -183,7 +183,7 @@ class MultimodalModel(nn.Module):
         parts, valid = [], []
         if images is not None:
             parts.append(self._see(images, image_present))
-            there = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
+            there = torch.ones(images.shape[0], 1, dtype=torch.bool, device=images.device)
             there = there if image_present is None else image_present[:, None]
             valid.append(there.expand(parts[0].shape[:2]))
         if tokens is not None:
@@ -195,8 +195,8 @@ class MultimodalModel(nn.Module):
             )
         if not parts:
             raise ValueError("images, tokens: expected at least one of them")
-        if len(parts) == 2 and len(parts[0]) != len(parts[1]):
-            raise ValueError(f"tokens: expected the {len(parts[0])} samples of images, got {len(parts[1])}")
+        if images is not None and tokens is not None and images.shape[0] != tokens.shape[0]:
+            raise ValueError(f"tokens: expected the {images.shape[0]} samples of images, got {tokens.shape[0]}")
         x_BSW, valid_BS = torch.cat(parts, 1), torch.cat(valid, 1)
         lengths_B = valid_BS.sum(1)
         if images is not None and image_present is not None and tokens is not None:  # prompts move up

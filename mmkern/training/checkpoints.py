@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkern.training import files
 from mmkern.training.config import ConfigError, checked
@@ -35,20 +35,22 @@ _PARTIAL = ".partial-"
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # pickle; torch.save's zip
 
 
-class CheckpointError(Exception):
-    """A checkpoint is not there, or is not what was written; one line that names the file."""
+class CheckpointError(files.Refused):
+    """A checkpoint is not there, or is not what was written; the line names the file."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What a checkpoint's manifest holds: nothing else, and of no other type."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class _File(_Strict):
+class _File(Strict):
     bytes: int = Field(ge=0, le=files.TENSORS)
     sha256: str
 
 
-class _Manifest(_Strict):
+class _Manifest(Strict):
     format: str
     step: int = Field(ge=0, le=10**9)
     score: float | None
@@ -83,11 +85,7 @@ class Checkpoint:
     contents: dict[str, bytes] = field(repr=False)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `name`.safetensors.
-
-        Raises:
-            CheckpointError: there is no such file, or it is none of safetensors.
-        """
+        """The tensors of `name`.safetensors; CheckpointError where there is no such file, or it is none."""
         file = f"{name}.safetensors"
         if file not in self.contents:
             raise CheckpointError(f"{self.path}: has no {file}")
@@ -95,6 +93,36 @@ class Checkpoint:
             return safetensors.torch.load(self.contents[file])
         except Exception as error:  # SafetensorError, and what torch says of kinds and sizes it does not know
             raise CheckpointError(f"{self.path / file}: not a safetensors file ({error})") from None
+
+    def restore_weights(self, model: nn.Module) -> None:
+        """Puts the weights into a model; CheckpointError where they are of another one, or not all are finite."""
+        tensors = self.tensors("model")
+        _compare(tensors, model.state_dict(), f"{self.path}")
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{self.path}: has a value of {name} that is not finite")
+        model.load_state_dict(tensors)
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Puts `flattened` tensors back; CheckpointError where they are of other parameters or another optimizer."""
+        tensors = self.tensors("optimizer")
+        names = ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else ("step", "exp_avg", "exp_avg_sq")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        seen = {name.partition(".")[0] for name in tensors}  # a parameter without a gradient has no state
+        known = {i: p for i, p in enumerate(parameters) if str(i) in seen}
+        expected = {f"{i}.{n}": torch.empty(()) if n == "step" else p for i, p in known.items() for n in names}
+        _compare(tensors, expected, f"{self.path}: optimizer")
+        state = {i: {name: tensors[f"{i}.{name}"] for name in names} for i in known}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError of the first tensor that is missing, or has another shape or dtype."""
+    for name in sorted({*found, *expected}):
+        kinds = [(tuple(ts[name].shape), ts[name].dtype) if name in ts else None for ts in (found, expected)]
+        if kinds[0] != kinds[1]:
+            has, wants = ("nothing" if k is None else f"{k[0]} {k[1]}".replace("torch.", "") for k in kinds)
+            raise CheckpointError(f"{where}: has {has} for {name}, expected {wants}")
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,31 +136,6 @@ def flattened(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return copied({f"{i}.{key}": torch.as_tensor(v) for i, values in state.items() for key, v in values.items()})
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `flattened` tensors back.
-
-    Raises:
-        CheckpointError: a tensor belongs to no parameter, is not of its parameter's shape and kind, or is missing.
-    """
-    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        if not index.isdecimal() or int(index) >= len(parameters):
-            raise CheckpointError(f"optimizer: {name} belongs to none of {len(parameters)} parameters")
-        expected = torch.empty(()) if key == "step" else parameters[int(index)]
-        if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
-            same = tensor.shape == expected.shape
-            has, wants = (t.dtype if same else tuple(t.shape) for t in (tensor, expected))
-            raise CheckpointError(f"optimizer: {name} is {has}, its parameter {wants}")
-        state.setdefault(int(index), {})[key] = tensor
-    for i, found in state.items():
-        if found.keys() != names:
-            raise CheckpointError(f"optimizer: has {sorted(found)} of parameter {i}, expected {sorted(names)}")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def save(folder: Path, snapshot: Snapshot, keep: int = 2) -> Path:
     """Writes a checkpoint into `folder`, then removes those that are neither among the last `keep` nor the best.
 
@@ -144,13 +147,8 @@ def save(folder: Path, snapshot: Snapshot, keep: int = 2) -> Path:
     contents["config.json"] = _json(snapshot.config)
     if snapshot.tokenizer is not None:
         contents["tokenizer.json"] = snapshot.tokenizer.encode()
-    manifest = {
-        "format": FORMAT,
-        "step": snapshot.step,
-        "score": snapshot.score,
-        "progress": snapshot.progress,
-        "files": {name: {"bytes": len(b), "sha256": _sha256(b)} for name, b in contents.items()},
-    }
+    manifest = {"format": FORMAT, "step": snapshot.step, "score": snapshot.score, "progress": snapshot.progress}
+    manifest["files"] = {name: {"bytes": len(b), "sha256": _sha256(b)} for name, b in contents.items()}
     contents[MANIFEST] = _json(manifest | {"sha256": _sha256(_json(manifest))})
     target = folder / f"step-{snapshot.step:08d}"
     partial = folder / f"{_PARTIAL}{target.name}-{os.getpid()}"
@@ -163,25 +161,17 @@ def save(folder: Path, snapshot: Snapshot, keep: int = 2) -> Path:
             os.fsync(file.fileno())
     _sync(partial)
     if target.exists():  # of a run that went on from an older checkpoint, or a damaged one
-        os.replace(target, aside := folder / f"{_PARTIAL}replaced-{target.name}-{os.getpid()}")
-        os.replace(partial, target)
-        _remove(aside)
-    else:
-        os.replace(partial, target)
+        os.replace(target, folder / f"{_PARTIAL}replaced-{target.name}-{os.getpid()}")
+    os.replace(partial, target)
     _sync(folder)
-    _sweep(folder, target, keep)
-    return target
-
-
-def _sweep(folder: Path, written: Path, keep: int) -> None:
     for leftover in folder.glob(f"{_PARTIAL}*"):
         _remove(leftover)
-    steps = [p for p in _steps(folder) if p.name <= written.name]
-    newer = [p for p in _steps(folder) if p.name > written.name]  # of a run that this one does not continue
+    steps = [p for p in _steps(folder) if p.name <= target.name]  # a newer one is of a run that this one does not go on
     scored = [(score, p) for p in steps if (score := _score(p)) is not None]
     kept = {*steps[-keep:], *([max(scored)[1]] if scored else [])}
-    for path in [*newer, *(p for p in steps if p not in kept)]:
+    for path in (p for p in _steps(folder) if p not in kept):
         _remove(path)
+    return target
 
 
 def _remove(path: Path) -> None:
@@ -201,13 +191,11 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: not a checkpoint, or a file is missing, damaged or foreign.
     """
-    manifest = _manifest(path)
-    contents = {}
+    manifest, contents = _manifest(path), {}
     for name, expected in manifest.files.items():
-        content = _content(path / name, expected)
-        if _sha256(content) != expected.sha256:
+        contents[name] = _content(path / name, expected.bytes)
+        if _sha256(contents[name]) != expected.sha256:
             raise CheckpointError(f"{path / name}: is damaged or foreign: its sha256 is not the manifest's")
-        contents[name] = content
     try:
         tokenizer = contents["tokenizer.json"].decode() if "tokenizer.json" in contents else None
         config = json.loads(contents.get("config.json", b""))
@@ -218,35 +206,30 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest.step, manifest.score, manifest.progress, config, tokenizer, contents)
 
 
-def _content(path: Path, expected: _File) -> bytes:
-    """The bytes of a file that the manifest names; of one with another size only the first are read."""
+def _content(path: Path, size: int | None = None) -> bytes:
+    """The bytes of a file; of a pickle, one of another size, or one that is too large, only the first are read."""
+    most = files.SETTINGS if path.name == MANIFEST else files.JSON if path.suffix == ".json" else files.TENSORS
     try:
         with files.opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(4)
-            if content.startswith(_PICKLES):
+            found, head = os.fstat(file.fileno()).st_size, file.read(4)
+            if head.startswith(_PICKLES):
                 raise CheckpointError(f"{path}: is a pickle, which mmkern never loads")
-            if size != expected.bytes:
-                raise CheckpointError(f"{path}: has {size} bytes, {expected.bytes} were written")
-            if path.suffix == ".json" and size > files.JSON:
-                raise CheckpointError(f"{path}: has {size} bytes, of which at most {files.JSON} are read")
-            return content + file.read(size - len(content))
+            if size not in (None, found):
+                raise CheckpointError(f"{path}: has {found} bytes, {size} were written")
+            if found > most:
+                raise CheckpointError(f"{path}: has {found} bytes, of which at most {most} are read")
+            return head + file.read(found - len(head))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        whole = f"{path.parent}: is no checkpoint: its {MANIFEST}" if path.name == MANIFEST else f"{path}:"
+        raise CheckpointError(f"{whole} cannot be read ({error.strerror})") from None
 
 
 def _manifest(path: Path) -> _Manifest:
     if path.is_file():
         with path.open("rb") as file:
-            pickled = file.read(4).startswith(_PICKLES)
-        reason = "is a pickle, which mmkern never loads" if pickled else "is a file"
+            reason = "is a pickle, which mmkern never loads" if file.read(4).startswith(_PICKLES) else "is a file"
         raise CheckpointError(f"{path}: {reason}; a checkpoint is a folder")
-    try:
-        text = files.read(path / MANIFEST, files.SETTINGS)
-    except OSError as error:
-        raise CheckpointError(f"{path}: is no checkpoint: its {MANIFEST} cannot be read ({error.strerror})") from None
-    if text.startswith(_PICKLES):
-        raise CheckpointError(f"{path / MANIFEST}: is a pickle, which mmkern never loads")
+    text = _content(path / MANIFEST)
     try:
         manifest = json.loads(text)
         rest = {name: value for name, value in manifest.items() if name != "sha256"}
@@ -264,32 +247,20 @@ def _manifest(path: Path) -> _Manifest:
 
 
 def newest(folder: Path) -> Path:
-    """The checkpoint written last.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The checkpoint written last; CheckpointError where there is none."""
     if not (found := _steps(folder)):
         raise CheckpointError(f"{folder}: has no checkpoint")
     return found[-1]
 
 
 def best(folder: Path) -> Path:
-    """The checkpoint with the highest score, or the newest where none has a score.
-
-    Raises:
-        CheckpointError: there is none, or the manifest of one is damaged.
-    """
+    """The checkpoint with the highest score, or the newest where none has a score; CheckpointError as `_manifest`."""
     scored = [(score, p) for p in _steps(folder) if (score := _manifest(p).score) is not None]
     return max(scored)[1] if scored else newest(folder)
 
 
 def last_good(folder: Path) -> tuple[Checkpoint, list[CheckpointError]]:
-    """The newest checkpoint that is whole, and why each newer one was passed over.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The newest checkpoint that is whole, and why each newer one was passed over; CheckpointError: there is none."""
     refused: list[CheckpointError] = []
     for path in reversed(_steps(folder)):
         try:
@@ -304,37 +275,19 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool, self._pending = ThreadPoolExecutor(1, "checkpoint"), Future[Path]()
+        self._pending.set_result(folder)
 
     def submit(self, snapshot: Snapshot) -> None:
-        """Starts to write; waits first for the one before.
-
-        Raises:
-            OSError: the one before could not be written.
-        """
+        """Starts to write; waits first for the one before, whose OSError it raises."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
-        self._thread.start()
-
-    def _write(self, snapshot: Snapshot) -> None:
-        try:
-            save(self.folder, snapshot, self.keep)
-        except BaseException as error:  # handed to the next call of the loop's thread
-            self._error = error
+        self._pending = self._pool.submit(save, self.folder, snapshot, self.keep)
 
     def wait(self) -> None:
-        """Returns once all is on disk.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Returns once all is on disk; raises OSError, once, where it could not be written."""
+        pending, self._pending = self._pending, Future()
+        self._pending.set_result(self.folder)
+        pending.result()
 
 
 def _steps(folder: Path) -> list[Path]:

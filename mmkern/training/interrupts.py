@@ -17,24 +17,21 @@ def held() -> Iterator[Callable[[], bool]]:
     its lock, the lock stays taken, and whoever closes the queue waits for ever. A second Ctrl-C raises where it
     comes: whoever presses twice does not want to wait for a long step.
     """
-    told = False
+    told, default = False, signal.default_int_handler
 
     def tell(*_: Any) -> None:
         nonlocal told
         told = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, default)
 
     # Elsewhere than in the main thread nothing is raised; another handler belongs to somebody who needs it.
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
+    main = threading.current_thread() is threading.main_thread()
+    if ours := main and signal.getsignal(signal.SIGINT) is default:
         signal.signal(signal.SIGINT, tell)
     try:
         yield lambda: told
     finally:
         if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, default)
     if told:
         raise KeyboardInterrupt

@@ -22,31 +22,44 @@ from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mmkern
 from mmkern.model import Batch, MultimodalModel
 from mmkern.training import checkpoints, evaluation, interrupts, schedules
-from mmkern.training.checkpoints import CheckpointError, Snapshot, Writer
+from mmkern.training.checkpoints import CheckpointError, Snapshot, Strict, Writer
 from mmkern.training.config import ConfigError, Count, RunConfig, TrainingConfig, checked
+from mmkern.training.files import TrainingError
 from mmkern.training.problem import Problem, Steps, loader
 from mmkern.training.records import Records
 
 CHECKPOINTS = "checkpoints"
-LOSSES = ("loss", "text", "class", "image", "distill_text", "distill_class")
+WATCHED = 100  # steps over which a slow machine is noticed
+BUSY = 0.7  # share of a step in which its thread computes; less is told
 # Of a run's configuration, what may change before it goes on: where things are (their content is hashed), and on what.
 MOVABLE = {
-    "run.data.source", "run.data.word_vectors", "run.data.workers", "run.training.device", "run.training.teacher",
-    "run.model.image_weights", "model.image_weights", "model.image_backbone.transformers_version",
+    "run.data.source", "run.data.word_vectors", "run.data.workers", "run.training.device", "run.training.threads",
+    "run.training.teacher", "run.model.image_weights", "model.image_weights",
+    "model.image_backbone.transformers_version",
 }  # fmt: skip
 log = logging.getLogger("mmkern.training")
 
 
-class TrainingError(Exception):
-    """Training cannot start or go on; one line that says why."""
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss by its name in the records; `of` counts its targets in `evaluation.asked`."""
+
+    name: str
+    of: str
+    weight: str  # the key of training.weights
+
+
+LOSSES = [Loss(name, name, name) for name in ("text", "class", "image")]
+LOSSES += [Loss(f"distill_{name}", name, "distill") for name in ("text", "class")]
 
 
 def distill(student: Tensor, teacher: Tensor, asked: Tensor, temperature: float) -> Tensor:
@@ -74,31 +87,29 @@ class Objective(nn.Module):
     def forward(
         self, batch: Batch, shares: dict[str, float], taught: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the losses, each times its share, and each by itself; taught: the teacher's logits."""
+        """The weighted sum of the losses, each times its share, and each by itself; taught: of `teach`."""
         outputs = self.model(batch)
         losses = self.model.loss(batch, outputs)
+        temperature = self.config.temperature
         if "class" in taught and batch.labels is not None:
             asked = batch.labels != -100
-            losses["distill_class"] = distill(outputs["class_logits"], taught["class"], asked, self.config.temperature)
+            losses["distill_class"] = distill(outputs["class_logits"], taught["class"], asked, temperature)
         if "text" in taught and batch.targets is not None:
             logits, asked = self.model.logits(outputs["hidden"]), batch.targets != -100
-            losses["distill_text"] = distill(logits, taught["text"], asked, self.config.temperature)
-        weight = self.config.weights.get
-        parts = {name: loss * shares[name.split("_")[-1]] for name, loss in losses.items()}
-        weighted = [weight(name.split("_")[0], 1.0) * part for name, part in parts.items()]  # type: ignore[call-overload]
-        return torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()}
+            losses["distill_text"] = distill(logits, taught["text"], asked, temperature)
+        weights: dict[Any, float] = self.config.weights
+        known = {loss.name: loss for loss in LOSSES}
+        parts = {name: loss * shares[known[name].of] for name, loss in losses.items()}
+        total = torch.stack([weights.get(known[name].weight, 1.0) * part for name, part in parts.items()]).sum()
+        return total, {name: part.detach() for name, part in parts.items()}
 
 
 def teach(teacher: MultimodalModel, batch: Batch) -> dict[str, Tensor]:
-    """The teacher's logits for a batch, without gradients."""
+    """The teacher's logits for a batch, without gradients, by the name of what they answer."""
     with torch.no_grad():
         outputs = teacher(batch)
-        found = {}
-        if "class_logits" in outputs:
-            found["class"] = outputs["class_logits"]
-        if "hidden" in outputs:
-            found["text"] = teacher.logits(outputs["hidden"])
-        return found
+        found = {"class": outputs["class_logits"]} if "class_logits" in outputs else {}
+        return found | ({"text": teacher.logits(outputs["hidden"])} if "hidden" in outputs else {})
 
 
 def make_optimizer(model: nn.Module, c: TrainingConfig) -> torch.optim.Optimizer:
@@ -114,6 +125,14 @@ def make_optimizer(model: nn.Module, c: TrainingConfig) -> torch.optim.Optimizer
     return kind(groups, lr=c.learning_rate, betas=c.betas, fused=True)
 
 
+def processes(device: str = "auto") -> PartialState:
+    """This process among those that torchrun started, or alone; the first call joins them.
+
+    accelerate takes each for a process of its own, and says nothing, where there is no GPU and it is not told so.
+    """
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
 def pick_device(name: str) -> torch.device:
     """The device that `training.device` names: "auto" is CUDA where there is one, that of this process under torchrun.
 
@@ -121,7 +140,7 @@ def pick_device(name: str) -> torch.device:
         TrainingError: there is no such device.
     """
     if name == "auto":
-        name = f"cuda:{dist.get_node_local_rank(fallback_rank=0)}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{processes().local_process_index}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
         torch.ones(1, device=device).item()  # "meta" has none to give
@@ -130,15 +149,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-class _Waiting(BaseModel):
+class _Waiting(Strict):
     best: float | None
     waited: Count
 
 
-class Progress(BaseModel):
+class Progress(Strict):
     """What a checkpoint knows of the run besides its step."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     processes: Count
     samples: Count
@@ -181,10 +198,9 @@ class Trainer:
         progress: Callable[[int, dict[str, float]], None] = lambda step, record: None,
     ) -> None:
         self.config, self.problem, self.model, self.folder = config, problem, model, folder
-        self.c = config.training
-        self.progress = progress
+        self.c, self.progress = config.training, progress
         self.device = next(model.parameters()).device
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = processes().process_index, processes().num_processes
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         self.objective: nn.Module = Objective(model, self.c)
         if self.world > 1:
@@ -192,19 +208,9 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, self.c)
         self.step, self.rate, self.stopped = 0, 1.0, False
-        self.plateau = schedules.Plateau(self.c.patience, self._decay)
-        self.patience = schedules.Plateau(max(0, self.c.stop_after - 1), self._stop)
+        self.seconds, self.computed, self.advised = 0.0, 0.0, False  # of the steps since the last look at them
+        self.plateau, self.patience = schedules.Plateau(), schedules.Plateau()
         torch.manual_seed(self.c.seed * 1000 + self.rank)  # of dropout
-
-    def _decay(self) -> None:
-        if self.c.schedule == "plateau":
-            self.rate *= self.c.decay
-            log.info("step %d: no better score; learning rate %.2g", self.step, self.rate * self.c.learning_rate)
-
-    def _stop(self) -> None:
-        if self.c.stop_after:
-            self.stopped = True
-            log.info("step %d: no better score in %d evaluations; stopping", self.step, self.c.stop_after)
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Goes on from a checkpoint.
@@ -212,35 +218,29 @@ class Trainer:
         Raises:
             CheckpointError: it is of another configuration, number of processes or other data, or not what was written.
         """
-        path = checkpoint.path
+        path, samples = checkpoint.path, len(self.problem.train)
         try:
             progress = checked(Progress, checkpoint.progress, f"{path / checkpoints.MANIFEST}: progress")
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         if progress.processes != self.world:
             raise CheckpointError(f"{path}: is of {progress.processes} processes, these are {self.world}")
-        if progress.samples != len(self.problem.train):
-            raise CheckpointError(
-                f"{path}: was trained on {progress.samples} samples, the data now have {len(self.problem.train)}"
-            )
+        if progress.samples != samples:
+            raise CheckpointError(f"{path}: was trained on {progress.samples} samples, the data now have {samples}")
         if changed := difference(checkpoint.config, self.described):
             raise CheckpointError(f"{path}: was trained on something else: {changed}")
-        load_weights(self.model, checkpoint)
-        try:
-            checkpoints.restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        checkpoint.restore_weights(self.model)
+        checkpoint.restore_optimizer(self.optimizer)
         random = checkpoint.tensors("random")
         try:
             torch.set_rng_state(random[f"{self.rank}.cpu"])
             if self.device.type == "cuda" and f"{self.rank}.cuda" in random:
                 torch.cuda.set_rng_state(random[f"{self.rank}.cuda"], self.device)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path / 'random.safetensors'}: holds no state of torch's generator ({error})"
-            ) from None
-        self.plateau.restore(progress.plateau.model_dump())
-        self.patience.restore(progress.patience.model_dump())
+            file = path / "random.safetensors"
+            raise CheckpointError(f"{file}: holds no state of torch's generator ({error})") from None
+        self.plateau = schedules.Plateau(**progress.plateau.model_dump())
+        self.patience = schedules.Plateau(**progress.patience.model_dump())
         self.step, self.rate, self.stopped = checkpoint.step, progress.rate, progress.stopped
 
     @cached_property
@@ -267,8 +267,13 @@ class Trainer:
             TrainingError: the loss is no longer finite. OSError: the disk is full.
             KeyboardInterrupt: Ctrl-C, after the step that it came in; a single process has written a checkpoint of it.
         """
-        with interrupts.held() as interrupted:
-            self._run(interrupted)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.c.threads or threads)
+        try:
+            with interrupts.held() as interrupted:
+                self._run(interrupted)
+        finally:
+            torch.set_num_threads(threads)
 
     def _run(self, interrupted: Callable[[], bool]) -> None:
         if self.rank == 0:
@@ -284,8 +289,7 @@ class Trainer:
                 if records is not None:
                     records.add(self.step, "train", record)
                 self.progress(self.step, record)
-                last = self.step == self.c.steps
-                score = None
+                last, score = self.step == self.c.steps, None
                 if last or self.step % self.c.evaluate_every == 0:
                     score = self._evaluate(records)
                 told = interrupted()
@@ -301,9 +305,10 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One step on this process's share of a batch; returns the record of the whole batch."""
-        start = time.perf_counter()
+        start, computing = time.perf_counter(), time.thread_time()
+        rate = self.c.learning_rate * self.rate * schedules.factor(self.step, self.c)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = rate
         counts = evaluation.asked(batch)
         whole = self._summed(counts)
         shares = {name: counts[name] * self.world / max(1.0, whole[name]) for name in counts}
@@ -312,34 +317,40 @@ class Trainer:
             total, parts = self.objective(batch, shares, taught)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.c.clip or math.inf)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.c.clip or math.inf))
         found = {"loss": total.detach()} | parts
-        mine = {name: float(found[name]) if name in found else 0.0 for name in LOSSES}
-        sums = self._summed(mine)
-        record = {name: sums[name] / self.world for name in LOSSES if name in found}
-        if not math.isfinite(record["loss"]) or not math.isfinite(float(norm)):
+        names = ["loss", *(loss.name for loss in LOSSES)]
+        sums = self._summed({name: float(found[name]) if name in found else 0.0 for name in names})
+        record = {name: sums[name] / self.world for name in names if name in found}
+        if not math.isfinite(record["loss"]) or not math.isfinite(norm):
             raise TrainingError(
-                f"step {self.step + 1}: the loss is {record['loss']}, its gradient {float(norm)}; "
+                f"step {self.step + 1}: the loss is {record['loss']}, its gradient {norm}; "
                 "try a lower training.learning_rate, or training.clip"
             )
         self.optimizer.step()
         self.step += 1
-        record |= {"gradient": float(norm), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        return record | {"seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        self._watch(seconds, time.thread_time() - computing)
+        return record | {"gradient": norm, "learning_rate": rate, "seconds": seconds}
 
-    def learning_rate(self) -> float:
-        """Of the step about to be taken."""
-        c = self.c
-        scale = schedules.factor(
-            self.step,
-            schedule=c.schedule,
-            total=c.steps,
-            warmup=c.warmup,
-            every=c.decay_every,
-            gamma=c.decay,
-            floor=c.floor,
-        )
-        return c.learning_rate * self.rate * scale
+    def _watch(self, seconds: float, computed: float) -> None:
+        """Says once where steps wait instead of computing: threads that wait for one another on cores that are taken.
+
+        Threads of a step wait for the slowest of them. Where another process has its core, that one may take ten times
+        as long, and this thread, which computes or spins otherwise, sleeps for most of a step.
+        """
+        self.seconds, self.computed = self.seconds + seconds, self.computed + computed
+        if self.step % WATCHED:
+            return
+        threads, share = torch.get_num_threads(), self.computed / self.seconds
+        if threads > 1 and share < BUSY and self.device.type == "cpu" and not self.advised:
+            self.advised = True
+            text = (
+                "step %d: computing takes %.0f%% of a step's %.2f s, the rest is waiting: other processes use the cores"
+            )
+            text += " that these %d threads want; [training] threads = %d may be faster"
+            log.warning(text, self.step, 100 * share, self.seconds / WATCHED, threads, threads // 2)
+        self.seconds = self.computed = 0.0
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.c.precision == "bf16" else nullcontext()
@@ -349,15 +360,7 @@ class Trainer:
         if self.world == 1:
             return dict(values)
         tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return dict(zip(values, tensor.tolist(), strict=True))
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """The value of each process."""
-        found = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(found, value)
-        return found
+        return dict(zip(values, reduce(tensor, "sum").tolist(), strict=True))
 
     def _evaluate(self, records: Records | None) -> float:
         """Scores the model on the validation split, each process a share of it."""
@@ -365,24 +368,27 @@ class Trainer:
         mine = [self.problem.validation[i] for i in samples[self.rank :: self.world]]
         with self._autocast():
             predictions, sums = evaluation.predict(self.model, self.problem, mine)
-        predictions = [p for part in self._gathered(predictions) for p in part]
-        losses = evaluation.means(self._gathered(sums))
-        found = evaluation.metrics(predictions, self.problem.classes)
+        found = evaluation.metrics(gather_object(predictions), self.problem.classes)
+        losses = evaluation.means(gather_object([sums]))
         score = evaluation.score(found)
-        self.plateau.observe(score)
-        self.patience.observe(score)
         if records is not None:
             flat = {f"{g}/{n}": v for g, values in found.items() for n, v in values.items() if isinstance(v, float)}
             records.add(self.step, "validation", {"score": score, **losses, **flat})
             shown = ", ".join(f"{name} {value:.3f}" for name, value in flat.items())
             log.info("step %d: score %.3f (%s)", self.step, score, shown)
+        if self.plateau.observe(score, self.c.patience) and self.c.schedule == "plateau":
+            self.rate *= self.c.decay
+            log.info("step %d: no better score; learning rate %.2g", self.step, self.rate * self.c.learning_rate)
+        if self.patience.observe(score, max(0, self.c.stop_after - 1)) and self.c.stop_after:
+            self.stopped = True
+            log.info("step %d: no better score in %d evaluations; stopping", self.step, self.c.stop_after)
         return score
 
     def _checkpoint(self, writer: Writer, score: float | None) -> None:
         random = {f"{self.rank}.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random[f"{self.rank}.cuda"] = torch.cuda.get_rng_state(self.device)
-        random = {name: state for part in self._gathered(random) for name, state in part.items()}
+        random = {name: state for part in gather_object([random]) for name, state in part.items()}
         if self.rank:
             return
         progress = {
@@ -390,8 +396,8 @@ class Trainer:
             "samples": len(self.problem.train),
             "rate": self.rate,
             "stopped": self.stopped,
-            "plateau": self.plateau.state(),
-            "patience": self.patience.state(),
+            "plateau": dataclasses.asdict(self.plateau),
+            "patience": dataclasses.asdict(self.patience),
         }
         tensors = {
             "model": checkpoints.copied(self.model.state_dict()),
@@ -400,24 +406,3 @@ class Trainer:
         }
         tokenizer = self.problem.tokenizer.to_str()
         writer.submit(Snapshot(self.step, tensors, self.described, tokenizer, progress, score))
-
-
-def load_weights(model: nn.Module, checkpoint: checkpoints.Checkpoint) -> None:
-    """Puts a checkpoint's weights into a model.
-
-    Raises:
-        CheckpointError: it is of another model, or has a NaN; the first tensor that does not fit is named.
-    """
-    tensors, expected = checkpoint.tensors("model"), model.state_dict()
-    for name in sorted(tensors.keys() | expected.keys()):
-        kinds = [
-            (tuple(t.shape), t.dtype) if (t := found.get(name)) is not None else None for found in (tensors, expected)
-        ]
-        if kinds[0] != kinds[1]:
-            has, wants = ("nothing" if kind is None else f"{kind[0]}" for kind in kinds)
-            if has == wants:
-                has, wants = (f"{kind[1]}" for kind in kinds if kind is not None)
-            raise CheckpointError(f"{checkpoint.path}: has {has} for {name}, the model {wants}")
-        if not tensors[name].isfinite().all():
-            raise CheckpointError(f"{checkpoint.path}: has a value of {name} that is not finite")
-    model.load_state_dict(tensors)

@@ -13,17 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmkern.model.config import Batch
 from mmkern.training import files
 
-Collate = Callable[[Sequence[Any], Sequence[torch.Generator] | None], Batch]
+
+@dataclass
+class Sample:
+    """What is shown and asked, and what is to be answered: a text, a class, or both."""
+
+    image: Image.Image | Path | Tensor | None
+    prompt: str
+    text: str | None
+    label: int | None
+    group: str  # metrics are told apart by it
 
 
-class DataError(ValueError):
-    """What is to be learned from cannot be read; one line that names the file, or the setting."""
+Collate = Callable[[Sequence[Sample], Sequence[torch.Generator] | None], Batch]
 
 
 @dataclass
@@ -31,16 +40,15 @@ class Problem:
     """Samples and how they become batches.
 
     Args:
-        train, validation, test: sequences of samples, which have `.prompt`, `.text`, `.label` and `.group`.
         classes: names of the classes; a sample's label is a place in it.
         tokenizer: with `encode(text).ids`, `decode(ids)` and `to_str()`; tokenizers.Tokenizer is one.
         collate: samples, and for each a generator to draw its augmentation from, or None for no augmentation -> Batch.
         word_vectors: (vocab_size, word_vector_dim), or None.
     """
 
-    train: Sequence[Any]
-    validation: Sequence[Any]
-    test: Sequence[Any]
+    train: Sequence[Sample]
+    validation: Sequence[Sample]
+    test: Sequence[Sample]
     classes: list[str]
     tokenizer: Any
     collate: Collate
@@ -49,8 +57,7 @@ class Problem:
     @cached_property
     def class_prompt(self) -> str:
         """The prompt that samples with a label mostly have; "" where none has."""
-        samples = (self.train[i] for i in range(len(self.train)))
-        counts = Counter(sample.prompt for sample in samples if sample.label is not None)
+        counts = Counter(sample.prompt for sample in self.train if sample.label is not None)
         return counts.most_common(1)[0][0] if counts else ""
 
     @cached_property
@@ -58,10 +65,8 @@ class Problem:
         """Hashes of all that training and its test depend on: what a run that goes on must find as it was."""
         found = {"tokenizer": _hash([self.tokenizer.to_str()])}
         for split in ("train", "validation", "test"):
-            samples = getattr(self, split)
             for field in ("image", "prompt", "text", "label", "group"):
-                values = (getattr(samples[i], field, None) for i in range(len(samples)))
-                found[f"{split}_{field}"] = _hash(values)
+                found[f"{split}_{field}"] = _hash(getattr(sample, field) for sample in getattr(self, split))
         return found
 
 
@@ -75,7 +80,7 @@ def _hash(values: Iterable[Any]) -> str:
         elif isinstance(value, Tensor):
             content = value.numpy().tobytes()
         else:  # a picture, or text, number, None
-            content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+            content = value.tobytes() if isinstance(value, Image.Image) else repr(value).encode()
         whole.update(hashlib.sha256(content).digest())
     return whole.hexdigest()[:16]
 
@@ -85,7 +90,13 @@ def _hash_of_file(path: Path) -> bytes:
         with files.opened(path) as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise files.DataError(f"{path}: {error.strerror}") from None
+
+
+def held_out(key: str, test: float, validation: float) -> int:
+    """0: training, 1: validation, 2: test, with these shares; by a hash, so that it depends on the key alone."""
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
+    return 2 if share < test else 1 if share < test + validation else 0
 
 
 class Steps(Dataset[Batch]):
@@ -98,27 +109,21 @@ class Steps(Dataset[Batch]):
 
     def __init__(self, problem: Problem, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.problem, self.batch_size, self.seed, self.rank, self.world = problem, batch_size, seed, rank, world
-        self._order = lru_cache(maxsize=2)(self._shuffled)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._order = lru_cache(maxsize=2)(self._shuffled)
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        order = list(range(len(self.problem.train)))
-        random.Random(f"{self.seed} {epoch}").shuffle(order)
-        return order
 
     def __getitem__(self, step: int) -> Batch:
         places = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
         count = len(self.problem.train)
-        chosen = [(place // count, self._order(place // count)[place % count]) for place in places]
-        samples = [self.problem.train[i] for _, i in chosen]
+        chosen = [(place // count, _shuffled(count, self.seed, place // count)[place % count]) for place in places]
         seeds = [random.Random(f"{self.seed} {epoch} {i}").getrandbits(62) for epoch, i in chosen]
+        samples = [self.problem.train[i] for _, i in chosen]
         return self.problem.collate(samples, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+
+@lru_cache(maxsize=2)
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
 
 
 def loader(steps: Steps, start: int, stop: int, workers: int) -> DataLoader[Batch]:

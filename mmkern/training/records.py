@@ -20,22 +20,16 @@ def read(folder: Path) -> list[dict[str, Any]]:
         for line in file:
             try:
                 record = json.loads(line)
-                whole = isinstance(record["step"], int) and ("loss" in record or record["split"] != "train")
+                if not isinstance(record["step"], int) or ("loss" not in record and record["split"] == "train"):
+                    return found
             except (ValueError, TypeError, KeyError, RecursionError):
-                whole = False
-            if not whole:
-                break
+                return found
             found.append(record)
     return found
 
 
 class Records:
-    """Appends to metrics.jsonl and to TensorBoard's event files.
-
-    Args:
-        folder: of the run.
-        step: that of the checkpoint the run goes on from; what was recorded after it is dropped. 0: all of it.
-    """
+    """Appends to metrics.jsonl and to TensorBoard's event files; what a run recorded after `step` is dropped."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -16,38 +16,7 @@ from mmkern.training.evaluation import Prediction, Row, metric_names
 PAGE = "page.html"
 CURVES = "curves.svg"
 CLASSES_SHOWN = 16  # a larger table of mistakes is no longer read
-_TEMPLATE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
-<style>
- body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
- table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .8rem; text-align: left }
- th { border-bottom: 1px solid #999 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
- .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: .8rem }
- figure { display: flex; gap: .8rem; margin: 0; padding: .6rem; border: 1px solid #ddd; border-radius: .4rem }
- img { width: 72px; height: 72px; object-fit: contain } figcaption { font-size: .9em }
- .right { color: #17692b } .wrong { color: #a11 } .quiet { color: #666 } svg { max-width: 100%; height: auto }
-</style>
-<h1>{{ title }}</h1>
-<table>{% for name, value in facts.items() %}<tr><td class="quiet">{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}
-</table>
-<h2>Held-out test data</h2>
-<table><tr><th>task</th>{% for name in names %}<th class="n">{{ name }}</th>{% endfor %}</tr>
-{% for group, baseline, values in rows %}<tr><td>{{ group }}{{ ": " + baseline if baseline }}</td>
-{% for name in names %}<td class="n">{{ shown(values.get(name)) }}</td>{% endfor %}</tr>{% endfor %}</table>
-{% for group, counts in confusions.items() %}<h2>Which classes are mistaken: {{ group }}</h2>
-<table><tr><th>expected, said</th>{% for name in classes %}<th class="n">{{ name }}</th>{% endfor %}</tr>
-{% for row in counts %}<tr><td>{{ classes[loop.index0] }}</td>{% set i = loop.index0 %}
-{% for count in row %}<td class="n {{ "right" if loop.index0 == i else "wrong" }}">{{ count or "" }}</td>
-{% endfor %}</tr>{% endfor %}</table>{% endfor %}
-<h2>Curves</h2>
-{{ curves }}
-<h2>Predictions on test data</h2>
-<div class="grid">{% for p in predictions %}<figure>{% if p.picture %}<img src="{{ p.picture }}" alt="">{% endif %}
-<figcaption><span class="quiet">{{ p.prompt }}</span><br>
-<b class="{{ 'right' if p.right else 'wrong' }}">{{ p.said }}</b>
-{% if not p.right %}<br>expected: {{ p.expected }}{% endif %}</figcaption></figure>{% endfor %}</div>
-</html>
-"""
+_TEMPLATE = Path(__file__).with_name("run.html")
 
 
 def curves(found: Sequence[dict[str, Any]]) -> str:
@@ -106,7 +75,7 @@ def write(
     files.write(folder / CURVES, drawn)
     confusions = {group: v["confusion"] for group, baseline, v in rows if "confusion" in v and not baseline}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    page = environment.from_string(_TEMPLATE).render(
+    page = environment.from_string(_TEMPLATE.read_text()).render(
         title=f"mmkern: {folder.name}",
         facts=facts,
         names=metric_names(rows),
@@ -122,20 +91,19 @@ def write(
 
 
 def _entry(p: Prediction, classes: Sequence[str]) -> dict[str, Any]:
-    said, expected = [], []
-    if p.label is not None:
+    said, expected, sample = [], [], p.sample
+    if p.label is not None and sample.label is not None:
         said.append(f"{classes[p.label]} ({p.confidence:.0%})")
-        expected.append(classes[p.sample.label])
-    if p.text is not None:
+        expected.append(classes[sample.label])
+    if p.text is not None and sample.text is not None:
         said.append(p.text or "(nothing)")
-        expected.append(p.sample.text)
-    right = (p.label is None or p.label == p.sample.label) and (p.text is None or p.text == p.sample.text)
+        expected.append(sample.text)
     return {
-        "picture": _picture(p.sample.image),
-        "prompt": p.sample.prompt,
+        "picture": _picture(sample.image),
+        "prompt": sample.prompt,
         "said": ", ".join(said),
         "expected": ", ".join(expected),
-        "right": right,
+        "right": p.label in (None, sample.label) and p.text in (None, sample.text),
     }
 
 

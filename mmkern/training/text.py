@@ -15,7 +15,7 @@ from torch import Tensor
 from mmkern.model.config import LIMITS
 from mmkern.training import files
 from mmkern.training.config import GLOVE
-from mmkern.training.problem import DataError
+from mmkern.training.files import DataError
 
 SPECIAL = ["<pad>", "<start>", "<end>"]  # the ids 0, 1, 2
 UNKNOWN = "<unk>"
