@@ -254,17 +254,24 @@ def test_a_run_killed_at_20_random_moments_has_the_same_bits(tmp_path):
 
 
 TWO = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from pathlib import Path
-from training_cases import built, configuration, problem, trainer
-from mmkern.training.problem import Steps
-dist.init_process_group("gloo")
+from training_cases import configuration, trainer
+from mmkern.training.loop import processes
+
+def train():
+    config = configuration({"dropout": 0.0}, steps=8, evaluate_every=4, clip=0.0, optimizer="sgd")
+    run = trainer(Path(sys.argv[1]), config)
+    run.run()
+    if run.rank == 0:
+        torch.save([p.grad for p in run.model.parameters()], sys.argv[2])
+
 torch.set_num_threads(1)
-run = trainer(Path(sys.argv[1]), configuration({"dropout": 0.0}, steps=8, evaluate_every=4, clip=0.0, optimizer="sgd"))
-run.run()
-if run.rank == 0:
-    torch.save([p.grad for p in run.model.parameters()], sys.argv[2])
-dist.destroy_process_group()
+joined = processes("cpu")
+train()
+joined.destroy_process_group()
+threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in threads), threads  # one left may abort the interpreter's end
 """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import math
@@ -129,7 +130,10 @@ def processes(device: str = "auto") -> PartialState:
     """This process among those that torchrun started, or alone; the first call joins them.
 
     accelerate takes each for a process of its own, and says nothing, where there is no GPU and it is not told so.
+    Functions of torch.distributed.nn have the process group of their import as a default, and optimizers import it: one
+    imported later keeps the group's threads beyond destroy_process_group, which may then abort the interpreter's end.
     """
+    importlib.import_module("torch.distributed.nn")
     return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
