@@ -197,7 +197,7 @@ def test_ops_and_formulas_stay_short():
 LONGER = {
     "test_attention_training.py": 283, "test_checkpoints.py": 272, "test_integrations.py": 284, "test_model.py": 343,
     "test_nn_attention.py": 357, "test_patched.py": 359, "test_tools.py": 376, "test_training_commands.py": 306,
-    "test_training_data.py": 309, "test_training_input.py": 333, "test_training_loop.py": 327,
+    "test_training_data.py": 309, "test_training_input.py": 333, "test_training_loop.py": 320,
     "test_training_resume.py": 292, "operator_calls.py": 389,
 }  # fmt: skip
 

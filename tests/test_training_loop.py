@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from training_cases import COLOURS, KILLABLE_STEPS, built, collate, configuration, killable, problem, samples, trainer
+from training_cases import COLOURS, KILLABLE_STEPS, averaged, built, configuration, killable, problem, trainer
 
 import mmkern
 from mmkern.training import checkpoints, evaluation, loop, records
@@ -254,23 +254,16 @@ def test_a_run_killed_at_20_random_moments_has_the_same_bits(tmp_path):
 
 
 TWO = """
-import os, sys, torch, torch.distributed as dist
-from pathlib import Path
-from training_cases import configuration, trainer
+import os, sys, torch
+from training_cases import averaged
 from mmkern.training.loop import processes
-
-def train():
-    config = configuration({"dropout": 0.0}, steps=8, evaluate_every=4, clip=0.0, optimizer="sgd")
-    run = trainer(Path(sys.argv[1]), config)
-    run.run()
-    if run.rank == 0:
-        torch.save([p.grad for p in run.model.parameters()], sys.argv[2])
-
-torch.set_num_threads(1)
-joined = processes("cpu")
-train()
+joined, run = processes("cpu"), averaged(sys.argv[1])
+run.run()
+if run.rank == 0:
+    torch.save([p.grad for p in run.model.parameters()], sys.argv[2])
+del run
 joined.destroy_process_group()
-threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+threads = [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
 assert not any("gloo" in name for name in threads), threads  # one left may abort the interpreter's end
 """
 
@@ -282,8 +275,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     command += [str(tmp_path / "script.py"), str(tmp_path / "two"), str(tmp_path / "gradients.pt")]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    config = configuration({"dropout": 0.0}, steps=8, evaluate_every=4, clip=0.0, optimizer="sgd")
-    run = trainer(tmp_path / "one", config)
+    run = averaged(tmp_path / "one")
     run.run()
     gradients = torch.load(tmp_path / "gradients.pt")
     compared = 0
@@ -320,7 +312,7 @@ def test_predictions_do_not_depend_on_company():
     assert [(p.text, p.label) for p in together] == [(p.text, p.label) for p in alone]
     assert all((p.text is None) == (p.sample.text is None) for p in together)
     assert model.training
-    batch = collate(samples(16, 3), None)
+    batch = whole.collate(whole.test, None)
     model.eval()
     assert evaluation.means([sums])["loss_text"] == pytest.approx(model.loss(batch)["text"].item(), rel=1e-5)
     halves = [evaluation.predict(model, whole, part)[1] for part in (whole.test[:5], whole.test[5:])]

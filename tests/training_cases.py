@@ -83,6 +83,12 @@ def trainer(folder, config=None, **options):
     return Trainer(config, problem(), built(config), folder, **options)
 
 
+def averaged(folder):
+    """A run whose last gradients do not depend on the number of processes."""
+    config = configuration({"dropout": 0.0}, steps=8, evaluate_every=4, clip=0.0, optimizer="sgd")
+    return trainer(Path(folder), config)
+
+
 def killable(folder):
     """What a test kills: training, from the last good checkpoint where there is one."""
     torch.set_num_threads(1)

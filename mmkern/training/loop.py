@@ -133,7 +133,8 @@ def processes(device: str = "auto") -> PartialState:
     Functions of torch.distributed.nn have the process group of their import as a default, and optimizers import it: one
     imported later keeps the group's threads beyond destroy_process_group, which may then abort the interpreter's end.
     """
-    importlib.import_module("torch.distributed.nn")
+    if torch.distributed.is_available():
+        importlib.import_module("torch.distributed.nn")
     return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
